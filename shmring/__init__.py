@@ -1,0 +1,29 @@
+"""Messages between Python processes on one machine, through shared memory, in pure Python."""
+
+from ._errors import (
+    BufferTooSmall,
+    MessageTooLarge,
+    RingBusy,
+    RingClosed,
+    RingCorrupted,
+    RingError,
+    RingIncompatible,
+    RingTimeout,
+)
+from ._ring import Ring, RingStats, unlink
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BufferTooSmall",
+    "MessageTooLarge",
+    "Ring",
+    "RingBusy",
+    "RingClosed",
+    "RingCorrupted",
+    "RingError",
+    "RingIncompatible",
+    "RingStats",
+    "RingTimeout",
+    "unlink",
+]

@@ -1,0 +1,294 @@
+"""The shared bytes: where everything lies, and who writes it. Pure functions over ints and bytes.
+
+A segment is a header, three tables of control words, and the lanes. All numbers are in the byte
+order of the machine that made the ring; `machine` says which, and another kind is refused.
+
+Header, at 0, 512 bytes. Written once by the creator before the ring has its name, `magic` last;
+`checksum` covers bytes 0 to 120 (with `checksum` itself left out: it comes after them).
+
+    offset  size  name             writer   meaning
+    0       8     magic            creator  b"shmring" and a zero: the ring is complete
+    8       4     layout_version   creator  LAYOUT_VERSION
+    12      4     machine          creator  MACHINES: byte order and memory model
+    16      8     segment_bytes    creator  size of the whole segment
+    24      8     capacity         creator  bytes in a lane, a multiple of 4096
+    32      4     writers          creator  lanes
+    36      4     readers          creator  0 one; 1 compete, 2 broadcast are reserved
+    40      4     reader_slots     creator  rows in the reader table
+    44      4     cursor_rows      creator  rows in the cursor table
+    48      4     flags            creator  bit 0: keep
+    52      4     -                -        zero
+    56      8     lanes_offset     creator  where lane 0 begins, a multiple of 4096
+    64      16    nonce            creator  tells this ring from others of the same name
+    80      40    -                -        zero
+    120     8     checksum         creator  CRC-32 of bytes 0 to 120
+    128     384   -                -        zero
+
+Lane table, at 512: 256 bytes for each of `writers` lanes. The first line changes with every
+message, the second when the lane's writer parks; a line is 128 bytes, because processors fetch the
+64-byte lines of such a pair together.
+
+    offset  size  name             writer       meaning
+    0       8     write_pos        lane writer  bytes ever published in this lane
+    8       8     messages_in      lane writer  messages ever published; may lag by one per kill
+    16      8     writer_parks     lane writer  times a writer of this lane went to sleep
+    128     8     writer_parked    lane writer  epoch; odd: asleep or about to be
+    136     8     writer_wanted    lane writer  the sleeper has room once read_pos has come to this
+    144     4     writer_bell      the kernel   futex: FUTEX_WAKE_OP adds 1 and wakes, in one call
+    148     4     -                -            zero
+    152     8     -                -            zero, for a doorbell
+
+Reader table, after the lanes' table: 256 bytes for each of `reader_slots` readers.
+
+    offset  size  name             writer       meaning
+    0       8     reader_parked    reader       epoch; odd: asleep or about to be
+    8       8     reader_parks     reader       times a reader in this slot went to sleep
+    16      8     -                -            zero, for a broadcast reader's state
+    128     4     reader_bell      the kernel   futex, as writer_bell
+    132     4     -                -            zero
+    136     8     -                -            zero, for a doorbell
+
+Cursor table, after the readers' table: `cursor_rows` rows of `writers` cursors, 128 bytes each.
+Readers that share a cursor (one, compete) have one row; broadcast readers have a row each.
+
+    offset  size  name             writer       meaning
+    0       8     read_pos         reader       bytes ever consumed in this lane
+    8       8     messages_out     reader       messages ever consumed; may lag by one per kill
+    16      8     -                -            zero, for messages lost to this reader
+
+Used table, after the cursors: one byte for each lane.
+
+    offset  size  name             writer       meaning
+    0       1     lane_used        lane writer  1 once a writer has claimed this lane, for ever
+
+Then, from `lanes_offset`, the lanes, `capacity` bytes each. A position is a count of bytes that
+only grows; the byte it speaks of lies at ``lanes_offset + lane * capacity + pos % capacity``. Between
+read_pos and write_pos of a lane lie whole records, 8-byte aligned:
+
+    +----------------+---------------------------+---------+
+    | length, 8 bytes| payload, `length` bytes   | 0-7 pad |
+    +----------------+---------------------------+---------+
+
+A record never wraps: where the next one does not fit before the lane's end, a length of PADDING
+says that the lane goes on at its beginning.
+
+Claims are locks on bytes of the segment file, far beyond what the layout needs; the kernel takes
+them back when their holder dies. Their numbers are the same in every layout version:
+
+    byte             kind       held by
+    PRESENCE         shared     every open handle
+    PRESENCE         exclusive  whoever removes the name because nobody else has the ring open
+    NAME             exclusive  whoever is about to remove the name
+    READER + slot    exclusive  the reader in this slot
+    LANE + lane      exclusive  the writer of this lane
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from typing import Final, NamedTuple
+
+from ._errors import RingCorrupted, RingIncompatible
+
+LAYOUT_VERSION: Final = 1
+MAGIC: Final = b"shmring\0"
+MACHINES: Final = {"x86_64": 1, "AMD64": 1, "aarch64": 2, "arm64": 2, "ARM64": 2}
+READERS: Final = {"one": 0}
+KEEP: Final = 1
+
+PAGE: Final = 4096
+HEADER_BYTES: Final = 512
+LANE_BYTES: Final = 256
+READER_BYTES: Final = 256
+CURSOR_BYTES: Final = 128
+
+# Offsets within a block of the lane table, the reader table and the cursor table.
+WRITE_POS: Final = 0
+MESSAGES_IN: Final = 8
+WRITER_PARKS: Final = 16
+WRITER_PARKED: Final = 128
+WRITER_WANTED: Final = 136
+WRITER_BELL: Final = 144
+READER_PARKED: Final = 0
+READER_PARKS: Final = 8
+READER_BELL: Final = 128
+READ_POS: Final = 0
+MESSAGES_OUT: Final = 8
+
+RECORD_HEADER: Final = 8
+PADDING: Final = (1 << 64) - 1
+
+# Locked bytes of the segment file.
+PRESENCE: Final = 1 << 60
+NAME: Final = PRESENCE + 1
+READER: Final = PRESENCE + (1 << 20)
+LANE: Final = PRESENCE + (1 << 21)
+
+MAX_WRITERS: Final = 1 << 12
+MAX_CAPACITY: Final = 1 << 40
+MAX_NAME: Final = 200
+
+_HEADER = struct.Struct("=8sIIQQIIIIIIQ16s40x")
+_CHECKSUM = struct.Struct("=Q")
+
+
+class Layout(NamedTuple):
+    """The shape of one ring. Sizes and offsets are in bytes."""
+
+    capacity: int
+    writers: int
+    keep: bool
+    nonce: bytes
+
+    @property
+    def readers_offset(self) -> int:
+        return HEADER_BYTES + self.writers * LANE_BYTES
+
+    @property
+    def cursors_offset(self) -> int:
+        return self.readers_offset + READER_BYTES
+
+    @property
+    def used_offset(self) -> int:
+        return self.cursors_offset + self.writers * CURSOR_BYTES
+
+    @property
+    def lanes_offset(self) -> int:
+        return round_up(self.used_offset + self.writers, PAGE)
+
+    @property
+    def segment_bytes(self) -> int:
+        return self.lanes_offset + self.writers * self.capacity
+
+    @property
+    def max_message(self) -> int:
+        return self.capacity - RECORD_HEADER
+
+    def lane_block(self, lane: int) -> int:
+        return HEADER_BYTES + lane * LANE_BYTES
+
+    def cursor(self, lane: int) -> int:
+        return self.cursors_offset + lane * CURSOR_BYTES
+
+    def lane_bytes(self, lane: int) -> int:
+        return self.lanes_offset + lane * self.capacity
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def record_bytes(size: int) -> int:
+    """Bytes that a message of `size` bytes takes in a lane."""
+    return (size + RECORD_HEADER + 7) & -8
+
+
+def check_name(name: str) -> str:
+    """Return `name` if every system can carry it, else raise ValueError (TypeError for no str)."""
+    if not isinstance(name, str):
+        raise TypeError(f"a ring's name is a str, not {type(name).__name__}")
+    if not 1 <= len(name) <= MAX_NAME:
+        raise ValueError(f"a ring's name has 1 to {MAX_NAME} characters, this has {len(name)}: {name[:80]!r}")
+    for character in name:
+        if not "!" <= character <= "~" or character in "/\\":
+            raise ValueError(
+                f"a ring's name is of printable ASCII characters without space, '/' and '\\'; {character!r} in {name!r}"
+            )
+    return name
+
+
+def new_layout(capacity: int, writers: int, readers: str, keep: bool) -> Layout:
+    """Check what a caller of `create` asked for, and give the ring a shape and a nonce."""
+    for what, value, most in (("capacity", capacity, MAX_CAPACITY), ("writers", writers, MAX_WRITERS)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{what} is an int, not {type(value).__name__}")
+        if not 1 <= value <= most:
+            raise ValueError(f"{what} is 1 to {most:,}, not {value:,}")
+    if readers not in READERS:
+        raise ValueError(f"readers={readers!r}: this version knows {', '.join(map(repr, READERS))}")
+    return Layout(round_up(capacity, PAGE), writers, bool(keep), os.urandom(16))
+
+
+def pack_header(layout: Layout, machine: str) -> bytes:
+    """The header's first 128 bytes. Whoever stores them stores the first 8, the magic, last."""
+    fixed = _HEADER.pack(
+        MAGIC,
+        LAYOUT_VERSION,
+        MACHINES[machine],
+        layout.segment_bytes,
+        layout.capacity,
+        layout.writers,
+        READERS["one"],
+        1,
+        1,
+        KEEP if layout.keep else 0,
+        0,
+        layout.lanes_offset,
+        layout.nonce,
+    )
+    return fixed + _CHECKSUM.pack(zlib.crc32(fixed))
+
+
+def parse_header(header: bytes, segment_bytes: int, machine: str, name: str) -> Layout:
+    """Read what `pack_header` wrote, trusting nothing.
+
+    Raises:
+        RingIncompatible: No ring, another layout version or another kind of machine.
+        RingCorrupted: The checksum or a size does not fit.
+    """
+    if len(header) < 16 or header[:8] != MAGIC:
+        raise RingIncompatible(f"{name!r} is no shmring ring: it begins with {header[:8]!r}, not {MAGIC!r}")
+    version, kind = struct.unpack_from("=II", header, 8)
+    if version != LAYOUT_VERSION:
+        raise RingIncompatible(
+            f"ring {name!r} has layout version {version}, this copy of shmring knows version {LAYOUT_VERSION}"
+        )
+    if kind != MACHINES[machine]:
+        raise RingIncompatible(f"ring {name!r} was made on machine kind {kind}, this is {MACHINES[machine]} ({machine})")
+    if len(header) < HEADER_BYTES:
+        raise RingCorrupted(f"ring {name!r} has {segment_bytes:,} bytes, too few for a header")
+    (checksum,) = _CHECKSUM.unpack_from(header, _HEADER.size)
+    if checksum != zlib.crc32(header[: _HEADER.size]):
+        raise RingCorrupted(f"ring {name!r}: the checksum over its header does not fit")
+    fields = _HEADER.unpack_from(header)
+    _, _, _, size, capacity, writers, readers, slots, rows, flags, _, lanes_offset, nonce = fields
+    layout = Layout(capacity, writers, bool(flags & KEEP), nonce)
+    if readers not in READERS.values() or (slots, rows) != (1, 1):
+        raise RingIncompatible(f"ring {name!r} has readers of kind {readers}, which this copy of shmring does not know")
+    if capacity % PAGE or not (0 < capacity <= MAX_CAPACITY and 0 < writers <= MAX_WRITERS):
+        raise RingCorrupted(f"ring {name!r}: capacity {capacity:,} with {writers:,} lanes cannot be")
+    if (size, lanes_offset) != (layout.segment_bytes, layout.lanes_offset):
+        raise RingCorrupted(f"ring {name!r}: its header's sizes do not fit together")
+    if size != segment_bytes:
+        raise RingCorrupted(f"ring {name!r} is {segment_bytes:,} bytes long, its header says {size:,}")
+    return layout
+
+
+def is_kept(header: bytes) -> bool:
+    """Does this header, of whatever version, ask for its name to stay when everybody is gone?"""
+    return len(header) >= 52 and bool(struct.unpack_from("=I", header, 48)[0] & KEEP)
+
+
+def place(pos: int, read_pos: int, step: int, capacity: int) -> tuple[int, int]:
+    """Where a record of `step` bytes goes in a lane that is written up to `pos`.
+
+    Returns:
+        ``(padding, wanted)``. `padding` bytes are to be published first, because the record does not
+        fit before the lane's end. The record fits after that if `wanted` is 0; else it has room once
+        read_pos has come to `wanted`.
+    """
+    tail = capacity - pos % capacity
+    if step <= tail:
+        end = pos + step
+        return 0, end - capacity if end > read_pos + capacity else 0
+    end = pos + tail + step
+    if end <= read_pos + capacity:
+        return tail, 0
+    if tail + step <= capacity:
+        return 0, end - capacity
+    # Both together are longer than the lane: the padding goes alone, and has to be consumed first.
+    if pos + tail <= read_pos + capacity:
+        return tail, end - capacity
+    return 0, pos + tail - capacity

@@ -1,0 +1,413 @@
+"""Linux: a segment in /dev/shm, claims by open-file-description locks, sleep and wake by futex.
+
+A ring is a file in /dev/shm. It is made without a name (O_TMPFILE), filled, and then linked: who sees
+the name sees a whole ring. Every handle opens the file twice: one description is mapped (mmap keeps
+it, for as long as the map lives), the other is never mapped and carries the handle's locks; so a claim
+ends exactly when it is unlocked, closed, or its process dies, whatever still holds the memory.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.platform != "linux":
+    raise ImportError(f"this is the Linux backend of shmring, not one for {sys.platform}")
+
+import errno
+import fcntl
+import math
+import mmap
+import os
+import stat
+import struct
+import threading
+import time
+from ctypes import CDLL, PyDLL, Structure, addressof, byref, c_char, c_int, c_long, c_void_p, get_errno
+from typing import Final
+
+from . import _layout
+from ._errors import RingBusy
+from ._layout import Layout
+from ._words import Fence, make_fence
+
+MACHINE: Final = os.uname().machine
+if sys.maxsize <= 2**32 or MACHINE not in ("x86_64", "aarch64"):
+    raise ImportError(f"shmring knows 64-bit x86_64 and aarch64 Linux, not {sys.maxsize.bit_length() + 1}-bit {MACHINE}")
+
+DIRECTORY = "/dev/shm"
+PREFIX: Final = "shmring."
+SLICE: float | None = 1.0  # seconds that the main thread sleeps at most before it looks for signals
+
+# <asm/unistd_64.h> of x86-64, <asm-generic/unistd.h> of aarch64
+SYS_futex: Final = {"x86_64": 202, "aarch64": 98}[MACHINE]
+SYS_membarrier: Final = {"x86_64": 324, "aarch64": 283}[MACHINE]
+
+# <linux/futex.h>; without FUTEX_PRIVATE_FLAG: the others are in other processes
+FUTEX_WAKE_OP: Final = 5
+FUTEX_WAIT_BITSET: Final = 9  # its time-out is a point on CLOCK_MONOTONIC, which is Python's time.monotonic
+FUTEX_BITSET_MATCH_ANY: Final = 0xFFFFFFFF
+FUTEX_OP_ADD: Final = 1
+INT_MAX: Final = 0x7FFFFFFF
+
+# <linux/membarrier.h>
+MEMBARRIER_CMD_GLOBAL_EXPEDITED: Final = 1 << 1
+MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED: Final = 1 << 2
+
+# struct flock of <fcntl.h>: short l_type, l_whence; off_t l_start, l_len; pid_t l_pid
+_FLOCK = struct.Struct("hhqqi4x")
+
+
+class _Timespec(Structure):
+    """<time.h>, 64-bit: seconds and nanoseconds."""
+
+    _fields_ = (("tv_sec", c_long), ("tv_nsec", c_long))
+
+
+# long syscall(long number, ...). All arguments are passed ready-made: conversion would double the cost.
+_waiting = CDLL(None, use_errno=True)["syscall"]  # lets go of the interpreter: for calls that may sleep
+_waiting.restype = c_long
+_quick = PyDLL(None, use_errno=True)["syscall"]
+_quick.restype = c_long
+
+_FUTEX = c_long(SYS_futex)
+_WAIT = c_int(FUTEX_WAIT_BITSET)
+_WAKE = c_int(FUTEX_WAKE_OP)
+_ALL = c_int(INT_MAX)
+_NONE = c_long(0)
+_ANY = c_int(FUTEX_BITSET_MATCH_ANY - (1 << 32))
+_ADD_ONE = c_int((FUTEX_OP_ADD << 28) | (1 << 12))
+_MEMBARRIER = c_long(SYS_membarrier)
+_EXPEDITE = c_int(MEMBARRIER_CMD_GLOBAL_EXPEDITED)
+_REGISTER = c_int(MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED)
+
+ORDER: Final[Fence] = None if MACHINE == "x86_64" else make_fence(tso=False)
+
+
+class _Membarrier:
+    """Whether this process can make others fence, and be made to. Found out at the first claim."""
+
+    def __init__(self) -> None:
+        self.registered: bool | None = None
+        self.failed = ""
+
+    def register(self) -> bool:
+        """Have this process pass a full barrier whenever a sleeper asks for one. Inherited by fork."""
+        if self.registered is None:
+            # int membarrier(int cmd, unsigned int flags, int cpu_id); since Linux 4.16
+            self.registered = _waiting(_MEMBARRIER, _REGISTER, c_int(0), c_int(0)) == 0
+            if not self.registered:
+                self.failed = errno.errorcode.get(get_errno(), str(get_errno()))
+        return self.registered
+
+    def expedite(self) -> bool:
+        """Pass a full barrier, here and in every registered process. False: only here, if at all."""
+        if _quick(_MEMBARRIER, _EXPEDITE, c_int(0), c_int(0)) == 0:
+            return True
+        self.failed = errno.errorcode.get(get_errno(), str(get_errno()))
+        return False
+
+
+_membarrier = _Membarrier()
+
+
+def describe() -> str:
+    """What `Ring.backend` says."""
+    if _membarrier.failed:
+        return f"linux: futex, OFD locks; no membarrier ({_membarrier.failed}), so sleepers look again every millisecond"
+    return "linux: futex, OFD locks, membarrier"
+
+
+def _lock(fd: int, kind: int, byte: int) -> bool:
+    """fcntl(2), F_OFD_SETLK: lock or unlock one byte for this open file description, without waiting."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def _holder(fd: int, byte: int) -> int:
+    """fcntl(2), F_OFD_GETLK: the kind of lock that another description has on a byte; F_UNLCK if none."""
+    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    return int(_FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))[0])
+
+
+def _path(name: str) -> str:
+    return f"{DIRECTORY}/{PREFIX}{name}"
+
+
+def _leads_to(path: str, fd: int) -> bool:
+    """Is the file under this name the one that is open here?"""
+    try:
+        named = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(named, os.fstat(fd))
+
+
+def _open(name: str) -> int:
+    """Open what lies under a ring's name, if it is a regular file; O_NONBLOCK so that a FIFO does not block."""
+    try:
+        fd = os.open(_path(name), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, "there is no ring of this name", name) from None
+    except OSError as error:
+        raise OSError(error.errno, f"cannot open the ring's file {_path(name)}: {error.strerror}", name) from error
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, f"{_path(name)} is no regular file, so no ring", name)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _remove(name: str, fd: int) -> None:
+    """Remove the name if it leads to the file open as `fd`.
+
+    Whoever removes a name holds the lock NAME of the file it leads to; who finds it held leaves the
+    removing to the other. So nobody removes a name that was given to another file in between.
+    """
+    if _lock(fd, fcntl.F_WRLCK, _layout.NAME):
+        try:
+            if _leads_to(_path(name), fd):
+                os.unlink(_path(name))
+        finally:
+            _lock(fd, fcntl.F_UNLCK, _layout.NAME)
+
+
+def unlink(name: str) -> None:
+    """Remove a ring's name; FileNotFoundError if there is none. Open handles stay as they are."""
+    fd = _open(name)
+    try:
+        _remove(name, fd)
+    finally:
+        os.close(fd)
+
+
+class Segment:
+    """The shared memory of one handle, and its locks. See `_backend.Segment` for what it promises."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.layout: Layout
+        self.map: mmap.mmap
+        self.words: memoryview
+        self.bells: memoryview
+        self.order: Fence = ORDER
+        self._locks = -1  # the descriptor that carries our locks
+        self._identity: tuple[int, int] | None = None  # of the file, in case somebody closed our descriptors
+        self._child = -1  # the same for a child that is being forked
+
+    @classmethod
+    def create(cls, name: str, layout: Layout, mode: int, replace: bool) -> Segment:
+        """Make the ring's file and give it its name."""
+        self = cls(name)
+        try:
+            directory = os.open(DIRECTORY, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot create a ring in {DIRECTORY}: {error.strerror}", name) from error
+        fd = -1
+        try:
+            try:
+                fd = os.open(DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+                os.ftruncate(fd, layout.segment_bytes)
+                os.posix_fallocate(fd, 0, layout.lanes_offset)
+            except OSError as error:
+                raise OSError(error.errno, f"cannot create a ring in {DIRECTORY}: {error.strerror}", name) from error
+            self._open_locks(fd)
+            os.fchmod(fd, mode)
+            _lock(self._locks, fcntl.F_RDLCK, _layout.PRESENCE)
+            self._attach(fd, layout)
+            header = _layout.pack_header(layout, MACHINE)
+            self.map[8 : len(header)] = header[8:]
+            self.map[0:8] = header[:8]
+            while True:
+                try:
+                    # linkat(2) follows the link in /proc only if it is given a directory.
+                    os.link(f"/proc/self/fd/{fd}", PREFIX + name, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=True)
+                    return self
+                except FileExistsError:
+                    _clear_the_way(name, replace)
+        except BaseException:
+            self.close(keep=True)
+            raise
+        finally:
+            if fd >= 0:
+                os.close(fd)
+            os.close(directory)
+
+    @classmethod
+    def open(cls, name: str, any_owner: bool) -> Segment:
+        """Attach to a ring that somebody has open, or that is kept."""
+        self = cls(name)
+        fd = _open(name)
+        try:
+            status = os.fstat(fd)
+            if not any_owner and status.st_uid not in (os.geteuid(), 0):
+                raise PermissionError(
+                    errno.EPERM, f"the ring belongs to user {status.st_uid}; pass any_owner=True to trust that user", name
+                )
+            header = os.pread(fd, _layout.HEADER_BYTES, 0)
+            layout = _layout.parse_header(header, status.st_size, MACHINE, name)
+            self._open_locks(fd)
+            # Somebody who has the ring open shows as a shared lock. An exclusive one is a remover at
+            # work; none at all is what a crash of everybody left behind, unless the ring is kept.
+            kind = _holder(fd, _layout.PRESENCE)
+            if kind == fcntl.F_WRLCK or (kind == fcntl.F_UNLCK and not layout.keep):
+                raise FileNotFoundError(errno.ENOENT, "there is no ring of this name that anybody has open", name)
+            if not _lock(self._locks, fcntl.F_RDLCK, _layout.PRESENCE) or not _leads_to(_path(name), fd):
+                raise FileNotFoundError(errno.ENOENT, "the ring of this name was just removed", name)
+            self._attach(fd, layout)
+        except BaseException:
+            self.close(keep=True)
+            raise
+        finally:
+            os.close(fd)
+        return self
+
+    def _open_locks(self, fd: int) -> None:
+        """Open the file once more, for the locks alone."""
+        status = os.fstat(fd)
+        self._identity = status.st_dev, status.st_ino
+        self._locks = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+
+    def _attach(self, fd: int, layout: Layout) -> None:
+        self.layout = layout
+        try:
+            self.map = mmap.mmap(fd, layout.segment_bytes)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot map the ring's {layout.segment_bytes:,} bytes: {error.strerror}", self.name) from error
+        self.words = memoryview(self.map).cast("Q")
+        self.bells = memoryview(self.map).cast("I")
+        self._address = addressof(c_char.from_buffer(self.map))
+
+    # ------------------------------------------------------------ claims
+
+    def _own(self, fd: int) -> bool:
+        """Is this remembered descriptor still ours? After os.closerange the number may be a stranger's."""
+        if fd < 0:
+            return False
+        try:
+            status = os.fstat(fd)
+        except OSError:
+            return False
+        return (status.st_dev, status.st_ino) == self._identity
+
+    def claim(self, byte: int) -> bool:
+        """Take a role for this handle, if no living handle has it. Taking it again is fine."""
+        if not self._own(self._locks):
+            raise OSError(errno.EBADF, "the descriptor with this ring's claims was closed behind its back", self.name)
+        return _lock(self._locks, fcntl.F_WRLCK, byte)
+
+    def release(self, byte: int) -> None:
+        """Give a role back. Not held: nothing happens."""
+        if self._own(self._locks):
+            _lock(self._locks, fcntl.F_UNLCK, byte)
+
+    def is_claimed(self, byte: int) -> bool:
+        """Does another handle hold this role now, by the kernel's word?"""
+        return self._own(self._locks) and _holder(self._locks, byte) != fcntl.F_UNLCK
+
+    def reserve(self, offset: int, nbytes: int) -> None:
+        """Have memory for these bytes of the segment, for good; ENOSPC if there is none."""
+        try:
+            os.posix_fallocate(self._locks, offset, nbytes)
+        except OSError as error:
+            raise OSError(error.errno, f"no memory for a lane of {nbytes:,} bytes: {error.strerror}", self.name) from error
+
+    # ------------------------------------------------------------ sleeping and waking
+
+    def waker_fence(self) -> Fence:
+        """What a waker does between publishing and looking for sleepers: nothing where sleepers do it for it."""
+        return None if _membarrier.register() else make_fence(MACHINE == "x86_64")
+
+    def sleeper_fence(self) -> bool:
+        """A full barrier here and in all wakers. False: only here."""
+        if _membarrier.expedite():
+            return True
+        make_fence(MACHINE == "x86_64")()
+        return False
+
+    def ring(self, bell: int) -> None:
+        """Add 1 to a bell and wake who sleeps on it, in one call: a kill cannot come in between."""
+        address = c_void_p(self._address + bell)
+        # long futex(uint32_t *uaddr, FUTEX_WAKE_OP, int wake, int wake2, uint32_t *uaddr2, int op); futex(2)
+        _quick(_FUTEX, address, _WAKE, _ALL, _NONE, address, _ADD_ONE)
+
+    def wait(self, bell: int, seen: int, deadline: float | None) -> None:
+        """Sleep while the bell is as `seen`, until `deadline` (time.monotonic), or a signal, or less."""
+        if SLICE is not None and threading.current_thread() is threading.main_thread():
+            # A signal that comes just before the call does not interrupt it.
+            soon = time.monotonic() + SLICE
+            deadline = soon if deadline is None else min(deadline, soon)
+        timeout = None
+        if deadline is not None:
+            nanoseconds = math.ceil(deadline * 1e9)
+            timeout = byref(_Timespec(nanoseconds // 10**9, nanoseconds % 10**9))
+        # long futex(uint32_t *uaddr, FUTEX_WAIT_BITSET, uint32_t val, const struct timespec *abs, NULL, uint32_t bits)
+        _waiting(_FUTEX, c_void_p(self._address + bell), _WAIT, c_int(seen - (seen >> 31 << 32)), timeout, _NONE, _ANY)
+
+    # ------------------------------------------------------------ life and death
+
+    def unlink(self) -> None:
+        """Remove the ring's name if it still is this ring's."""
+        if self._own(self._locks):
+            _remove(self.name, self._locks)
+
+    def close(self, keep: bool = False) -> None:
+        """Give up the presence, and remove the name if nobody else is present. The roles are free by then.
+
+        The memory goes when the last reference to the map does: a thread may still sleep on a bell.
+        """
+        fd = self._locks
+        if self._own(fd):
+            if not (keep or self.layout.keep) and _lock(fd, fcntl.F_WRLCK, _layout.PRESENCE):
+                _remove(self.name, fd)
+            _lock(fd, fcntl.F_UNLCK, _layout.PRESENCE)
+            self._locks = -1
+            os.close(fd)
+
+    def before_fork(self) -> None:
+        """Open the child's own description, and be present for it before the parent can go away."""
+        if not self._own(self._locks):
+            return
+        self._child = os.open(f"/proc/self/fd/{self._locks}", os.O_RDWR | os.O_CLOEXEC)
+        _lock(self._child, fcntl.F_RDLCK, _layout.PRESENCE)
+
+    def after_fork_in_parent(self) -> None:
+        """The child has its description now."""
+        fd, self._child = self._child, -1
+        if self._own(fd):
+            os.close(fd)
+
+    def after_fork_in_child(self) -> None:
+        """Hold no claim of the parent's: its locks live as long as any copy of their descriptor."""
+        fd, self._locks, self._child = self._locks, self._child, -1
+        if self._own(fd):
+            os.close(fd)
+
+
+def _clear_the_way(name: str, replace: bool) -> None:
+    """Make room for a new ring of this name, or say why there is none."""
+    try:
+        fd = _open(name)
+    except FileNotFoundError:
+        return
+    try:
+        if os.pread(fd, len(_layout.MAGIC), 0) != _layout.MAGIC:
+            raise FileExistsError(errno.EEXIST, f"{_path(name)} exists and is no ring; it is left alone", name)
+        kept = _layout.is_kept(os.pread(fd, _layout.HEADER_BYTES, 0))
+        if kept and not replace:
+            raise FileExistsError(errno.EEXIST, "a kept ring of this name exists; open it, unlink it, or pass replace=True", name)
+        if not _lock(fd, fcntl.F_WRLCK, _layout.PRESENCE):
+            if replace:
+                raise RingBusy(f"ring {name!r} cannot be replaced: somebody has it open")
+            raise FileExistsError(errno.EEXIST, "a ring of this name exists and somebody has it open", name)
+        _remove(name, fd)
+        if _leads_to(_path(name), fd):
+            raise RingBusy(f"ring {name!r} is being removed by another process")
+    finally:
+        os.close(fd)

@@ -1,0 +1,632 @@
+"""`Ring`: what a caller sees, the waiting, and the life of a handle.
+
+How messages move is in `_words`. A handle has a `Writer` and a `Reader` there, each a monitor that
+one thread enters at a time and that never waits; so everything that waits is here, outside of them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, overload
+
+from . import _layout
+from ._backend import Segment, os_backend
+from ._errors import MessageTooLarge, RingClosed, RingError, RingTimeout
+from ._words import PACKED, GiveBack, Parking, ReadBatch, Reader, ReadInto, WriteBatch, Writer, unwrap
+
+if TYPE_CHECKING:
+    if sys.version_info >= (3, 12):
+        from collections.abc import Buffer
+    else:
+        from typing import Any as Buffer
+
+SPIN: Final = 20e-6  # seconds that a handle spins before it parks, where there is more than one processor
+OPEN_AGAIN: Final = 0.002  # seconds between two tries of `open` with a timeout
+
+_open_rings: dict[int, weakref.ref[Ring]] = {}
+_hooks: list[bool] = []
+
+
+class RingStats(NamedTuple):
+    """What `Ring.stats` returns. Of the whole ring, not of one handle.
+
+    Bytes are positions: payloads with their framing (8 bytes and up to 7 of padding a message, and the
+    rest of a lane where a message did not fit). They are exact; messages may lag by one for each
+    process that was killed, and all are read one after another while the ring goes on.
+    """
+
+    messages_in: int
+    messages_out: int
+    bytes_in: int
+    bytes_out: int
+    fill: float  # of the fullest lane, 0.0 to 1.0
+    lanes_in_use: int  # lanes that have a living writer
+    lanes: int
+    readers: int  # living readers
+    writers_parked: int  # lanes whose writer sleeps until there is room
+    readers_parked: int
+    writer_parks: int  # times a writer went to sleep
+    reader_parks: int
+
+
+class Ring:
+    """A named ring in shared memory: any number of writers, each with a lane of its own, and one reader.
+
+    Make one with `Ring.create` or `Ring.open`, not with the constructor. A handle is safe for threads.
+    Its roles are taken when they are first used: the first write claims a lane, the first read claims
+    the reader's role, and both are held until `close`, or until the process dies. After a fork the
+    child's handle works and holds no role. Pickling a handle (spawn, forkserver) opens the ring by name.
+
+    A message is in the ring when `write` returns and out of it when `read` returns. Each writer's
+    messages are read in the order in which it wrote them; between writers there is no order.
+    """
+
+    _closed = True  # until it is whole, for `close` and `__del__`
+
+    def __init__(self, segment: Segment, any_owner: bool, spin: float | None) -> None:
+        self._segment = segment
+        self._any_owner = any_owner
+        self._spin_given = spin
+        if spin is None:
+            spin = SPIN if len(os.sched_getaffinity(0)) > 1 else 0.0
+        self._spin = spin
+        self._take_up()
+        self._closed = False
+        _remember(self)
+
+    def _take_up(self) -> None:
+        """Begin with no role; also in a forked child, where the parent's states must not be used."""
+        self._writer = Writer(self._segment)
+        self._reader = Reader(self._segment)
+        self._send = self._writer.monitor.steps.send
+        self._messages = self._reader.monitor.steps
+
+    # ------------------------------------------------------------ making and finding
+
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        capacity: int = 1 << 20,
+        *,
+        writers: int = 64,
+        readers: str = "one",
+        mode: int = 0o600,
+        keep: bool = False,
+        replace: bool = False,
+        spin: float | None = None,
+    ) -> Ring:
+        """Create a ring and return a handle to it.
+
+        The ring lives as long as some handle is open, here or elsewhere: the last `close` removes its
+        name. What is left behind when every process that had it open was killed counts as not there.
+
+        Args:
+            name: 1 to 200 printable ASCII characters without space, "/" and "\\\\".
+            capacity: Bytes for each lane, framing included; rounded up to a multiple of 4096 (see
+                `capacity`). The memory of a lane is taken when the lane is first claimed.
+            writers: Lanes, that is, handles that can write at a time; 1 to 4096.
+            readers: "one": one handle reads, a second one that tries gets RingBusy.
+            mode: Permissions of the ring, whatever the umask; the owner must be able to read and write.
+            keep: The name and the unread messages stay when nobody has the ring open, until `unlink`
+                (or until the system goes down).
+            replace: Take the place of a kept ring of this name that nobody has open.
+            spin: Seconds to look again and again before going to sleep in a wait, for this handle; None
+                is 20 microseconds, or nothing where there is one processor.
+
+        Raises:
+            FileExistsError: There is a living or kept ring of this name, or something that is no ring.
+            RingBusy: With `replace`: somebody has that ring open.
+            ValueError: An argument is out of its range.
+            OSError: The system says no: ENOSPC without memory for the control words, EACCES, ...
+        """
+        _layout.check_name(name)
+        layout = _layout.new_layout(capacity, writers, readers, keep)
+        if not isinstance(mode, int) or mode & ~0o777 or mode & 0o600 != 0o600:
+            raise ValueError(f"mode is permission bits of which 0o600 are set, not {mode!r}")
+        return cls(os_backend.Segment.create(name, layout, mode, replace), False, _check_spin(spin))
+
+    @classmethod
+    def open(
+        cls, name: str, *, timeout: float | None = 0.0, any_owner: bool = False, spin: float | None = None
+    ) -> Ring:
+        """Open a ring that exists.
+
+        Args:
+            name: As given to `create`.
+            timeout: Seconds to wait for the ring to exist. None waits for ever, 0 looks once.
+            any_owner: Trust a ring that belongs to another user (who may then feed or break it). Without
+                it, a ring belongs to this user or to root.
+            spin: As for `create`.
+
+        Raises:
+            FileNotFoundError: There is no such ring, or it was left behind by a crash of everybody.
+            PermissionError: It is another user's, or its mode keeps us out.
+            RingIncompatible: It has another layout version or machine, or is no ring at all.
+            RingCorrupted: Its header contradicts itself or the file's size.
+        """
+        _layout.check_name(name)
+        _check_spin(spin)
+        deadline = _deadline(timeout)
+        while True:
+            try:
+                return cls(os_backend.Segment.open(name, any_owner), any_owner, spin)
+            except FileNotFoundError:
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise
+            time.sleep(OPEN_AGAIN)
+
+    # ------------------------------------------------------------ writing
+
+    def write(self, data: Buffer, *, timeout: float | None = None) -> None:
+        """Append one message, waiting while this writer's lane is full.
+
+        With no reader alive the lane fills up, and then `write` waits for one to come.
+
+        Args:
+            data: Any C-contiguous buffer (bytes, bytearray, memoryview, array, ...); its bytes are copied.
+                An empty one is a message like any other.
+            timeout: Seconds to wait at most. None waits for ever, 0 (or less) not at all.
+
+        Raises:
+            RingTimeout: There was no room in time; nothing was written.
+            MessageTooLarge: More than `max_message` bytes.
+            RingBusy: All lanes are taken by living writers.
+            RingClosed: The handle is closed, maybe by another thread meanwhile.
+            OSError: ENOSPC, at the first write: no memory for the lane.
+
+        If this process dies inside the call, the message is in the ring or it is not, whole.
+        """
+        if type(data) is not bytes:
+            data = _flat(data)
+        try:
+            answer = self._send(data)
+        except (ValueError, StopIteration):  # another thread is inside, or the handle is closed
+            answer = self._enter_writer(data)
+        if answer is not None:
+            self._write_when_room(data, unwrap(answer), _deadline(timeout))
+
+    def try_write(self, data: Buffer) -> bool:
+        """Append one message if there is room now. Raises what `write` raises, but RingTimeout.
+
+        Returns:
+            False if there is no room, and nothing was written.
+        """
+        return unwrap(self._enter_writer(data if type(data) is bytes else _flat(data))) is None
+
+    def write_many(self, messages: Iterable[Buffer], *, timeout: float | None = None) -> int:
+        """Append messages in their order, much faster than one by one.
+
+        Args:
+            messages: Buffers, as for `write`. All are checked before the first is written.
+            timeout: Seconds to wait for room, all in all; as for `write`.
+
+        Returns:
+            How many were written: all, or fewer if the time was up.
+
+        Raises:
+            RingTimeout: The time was up, and not one was written.
+            MessageTooLarge: One has more than `max_message` bytes; none was written.
+        """
+        if isinstance(messages, (str, bytes, bytearray, memoryview)):
+            raise TypeError(f"write_many takes an iterable of messages, not one {type(messages).__name__}")
+        checked = list(messages)
+        if not set(map(type, checked)) <= {bytes}:
+            checked = [message if type(message) is bytes else _flat(message) for message in checked]
+        longest = max(map(len, checked), default=0)
+        if longest > self.max_message:
+            raise MessageTooLarge(self.name, longest, self.max_message)
+        batch = WriteBatch(checked)
+        wanted = unwrap(self._enter_writer(batch))
+        if wanted is not None:
+            try:
+                self._write_when_room(batch, wanted, _deadline(timeout))
+            except RingTimeout:
+                if not batch.done:
+                    raise
+        return batch.done
+
+    def _enter_writer(self, data: Any) -> Any:
+        try:
+            return self._writer.monitor.enter(data)
+        except StopIteration:
+            raise self._is_closed() from None
+
+    def _write_when_room(self, data: Any, wanted: int, deadline: float | None) -> None:
+        writer = self._writer
+        parking = writer.parking
+        assert parking is not None
+
+        def attempt() -> bool:
+            nonlocal wanted
+            answer = unwrap(self._enter_writer(data))
+            if answer is None:
+                return True
+            wanted = answer
+            return False
+
+        self._wait(attempt, parking, lambda: writer.read_pos < wanted, lambda: wanted, deadline, "no room in")
+
+    # ------------------------------------------------------------ reading
+
+    @overload
+    def read(self, buf: None = None, max_len: int | None = None, *, timeout: float | None = None) -> bytes: ...
+    @overload
+    def read(self, buf: Buffer, max_len: int | None = None, *, timeout: float | None = None) -> int: ...
+    def read(
+        self, buf: Buffer | None = None, max_len: int | None = None, *, timeout: float | None = None
+    ) -> bytes | int:
+        """Remove and return one message, waiting while there is none.
+
+        Args:
+            buf: A writable C-contiguous buffer that takes the message.
+            max_len: Bytes of `buf` that may be used, or, without `buf`, that the message may have.
+            timeout: Seconds to wait at most. None waits for ever, 0 (or less) not at all.
+
+        Returns:
+            The message, or, with `buf`, the number of bytes put there.
+
+        Raises:
+            RingTimeout: No message came in time.
+            BufferTooSmall: The message is longer than allowed; its size is in `needed`, and it stays.
+            RingBusy: Another handle is this ring's reader.
+            RingCorrupted: A lane is damaged. Raised once for each such lane; the others are read on.
+            RingClosed: The handle is closed, maybe by another thread meanwhile.
+
+        If this process dies inside the call, the message is in the ring or it is taken; none of the
+        others is affected. The next process that reads takes up after the last one taken.
+        """
+        message = None
+        if buf is None and max_len is None:
+            try:
+                # A `for` and not a call of next(): between the two the interpreter lets no signal
+                # handler run, whose exception would lose the message.
+                for message in self._messages:
+                    if type(message) is bytes:
+                        return message
+                    break
+            except ValueError:
+                pass  # another thread is inside
+            except BaseException:
+                if type(message) is bytes:
+                    self._enter_reader(GiveBack(message))
+                raise
+            return self._read_when_there(None, _deadline(timeout), message)
+        return self._read_when_there(_read_into(buf, max_len), _deadline(timeout), None)
+
+    def try_read(self) -> bytes | None:
+        """Remove and return one message if there is one, else None. Raises what `read` raises, but RingTimeout."""
+        message = unwrap(self._enter_reader(None))
+        assert message is None or type(message) is bytes
+        return message
+
+    def read_many(self, max_messages: int | None = None, *, timeout: float | None = None) -> list[bytes]:
+        """Remove and return what is there, waiting while there is nothing; much faster than one by one.
+
+        Args:
+            max_messages: How many at most; None is what all lanes hold now.
+            timeout: Seconds to wait for the first one, as for `read`.
+
+        Returns:
+            At least one message. Each writer's are in their order.
+
+        Raises:
+            RingTimeout: No message came in time. And what else `read` raises.
+
+        If this process dies inside the call, the batch is in the ring, or some lanes' share of it is taken.
+        """
+        if max_messages is None:
+            max_messages = sys.maxsize
+        elif not isinstance(max_messages, int) or max_messages < 1:
+            raise ValueError(f"max_messages is None or at least 1, not {max_messages!r}")
+        request = ReadBatch(max_messages)
+        messages: list[bytes] = self._read_when_there(request, _deadline(timeout), None)
+        return messages
+
+    def messages(self, *, timeout: float | None = None) -> Iterator[bytes]:
+        """Iterate over the messages as they come; each is out of the ring when it is handed out.
+
+        It ends quietly when this handle is closed, and after `timeout` seconds without a message (None:
+        never). Leaving the loop loses nothing.
+        """
+        steps = self._messages
+        while True:
+            try:
+                for message in steps:
+                    if type(message) is not bytes:
+                        break
+                    yield message
+                else:
+                    return
+            except ValueError:
+                message = None
+            if steps is not self._messages:  # we are in a forked child
+                steps, message = self._messages, None
+            try:
+                message = self._read_when_there(None, _deadline(timeout), message)
+            except (RingClosed, RingTimeout):
+                return
+            yield message
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self.messages()
+
+    def _enter_reader(self, request: Any) -> Any:
+        try:
+            return self._reader.monitor.enter(request)
+        except StopIteration:
+            raise self._is_closed() from None
+
+    def _read_when_there(self, request: Any, deadline: float | None, answer: Any) -> Any:
+        answer = unwrap(answer)
+
+        def attempt() -> bool:
+            nonlocal answer
+            if answer is None:
+                answer = unwrap(self._enter_reader(request))
+            return answer is not None
+
+        if not attempt():
+            reader = self._reader
+            assert reader.parking is not None
+            self._wait(attempt, reader.parking, reader.nothing, lambda: 0, deadline, "no message in")
+        return answer
+
+    # ------------------------------------------------------------ waiting
+
+    def _wait(
+        self,
+        attempt: Callable[[], bool],
+        parking: Parking,
+        nothing: Callable[[], bool],
+        needs: Callable[[], int],
+        deadline: float | None,
+        what: str,
+    ) -> None:
+        """Attempt until it succeeds: spin for a while, then sleep between the attempts."""
+        now = time.monotonic()
+        spin_until = now + self._spin if deadline is None else min(now + self._spin, deadline)
+        while now < spin_until:
+            if attempt():
+                return
+            now = time.monotonic()
+        while not attempt():
+            if deadline is not None and time.monotonic() >= deadline:
+                raise RingTimeout(f"{what} ring {self.name!r} within the timeout")
+            try:
+                parking.park(nothing, needs(), deadline)
+            except StopIteration:
+                raise self._is_closed() from None
+
+    # ------------------------------------------------------------ life
+
+    def close(self) -> None:
+        """Give up this handle and its roles. The last handle's close removes the ring's name (unless `keep`).
+
+        Threads that wait in this handle get RingClosed. Closing again does nothing.
+        """
+        if self._closed:
+            return
+        self._writer.close()
+        self._reader.close()
+        self._segment.close()
+        self._closed = True
+        _open_rings.pop(id(self), None)
+
+    def unlink(self) -> None:
+        """Remove the ring's name, if it still leads to this very ring. Open handles stay as they are.
+
+        Raises:
+            RingClosed: The handle is closed.
+        """
+        if self._closed:
+            raise self._is_closed()
+        self._segment.unlink()
+
+    def __enter__(self) -> Ring:
+        if self._closed:
+            raise self._is_closed()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._closed:
+            raise self._is_closed()
+        return _unpickle, (type(self), self.name, self._segment.layout.nonce, self._any_owner, self._spin_given)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"capacity={self.capacity}, writers={self._segment.layout.writers}"
+        return f"<{type(self).__name__} {self.name!r} {state}>"
+
+    def _is_closed(self) -> RingClosed:
+        return RingClosed(f"this handle of ring {self.name!r} is closed")
+
+    # ------------------------------------------------------------ what it is like
+
+    @property
+    def name(self) -> str:
+        """The ring's name."""
+        return self._segment.name
+
+    @property
+    def capacity(self) -> int:
+        """Bytes in each lane, framing included: what was asked for, rounded up to a multiple of 4096."""
+        return self._segment.layout.capacity
+
+    @property
+    def max_message(self) -> int:
+        """Bytes in the longest message that can be written: `capacity` less the 8 of its length."""
+        return self._segment.layout.max_message
+
+    @property
+    def closed(self) -> bool:
+        """Was this handle closed?"""
+        return self._closed
+
+    @property
+    def backend(self) -> str:
+        """What the ring stands on here, and, if something makes it slower, what."""
+        return os_backend.describe()
+
+    def stats(self) -> RingStats:
+        """Look at the whole ring, disturbing nobody.
+
+        Raises:
+            RingClosed: The handle is closed.
+        """
+        segment, layout = self._segment, self._segment.layout
+        if self._closed:
+            raise self._is_closed()
+        words = segment.words
+        lanes = [layout.lane_block(lane) for lane in range(layout.writers)]
+        cursors = [layout.cursor(lane) for lane in range(layout.writers)]
+
+        def column(blocks: Iterable[int], offset: int) -> list[int]:
+            return [words[(block + offset) >> 3] for block in blocks]
+
+        # What is consumed first: what is written may have grown since then, and never falls below.
+        read, taken = column(cursors, _layout.READ_POS), column(cursors, _layout.MESSAGES_OUT)
+        written, put = column(lanes, _layout.WRITE_POS), column(lanes, _layout.MESSAGES_IN)
+        return RingStats(
+            messages_in=sum(put),
+            messages_out=sum(taken),
+            bytes_in=sum(written),
+            bytes_out=sum(read),
+            fill=min(1.0, max(b - a for a, b in zip(read, written)) / layout.capacity),
+            lanes_in_use=sum(
+                lane == self._writer.lane or segment.is_claimed(_layout.LANE + lane) for lane in range(layout.writers)
+            ),
+            lanes=layout.writers,
+            readers=int(self._reader.claimed or segment.is_claimed(_layout.READER)),
+            writers_parked=sum(epoch & 1 for epoch in column(lanes, _layout.WRITER_PARKED)),
+            readers_parked=words[(layout.readers_offset + _layout.READER_PARKED) >> 3] & 1,
+            writer_parks=sum(column(lanes, _layout.WRITER_PARKS)),
+            reader_parks=words[(layout.readers_offset + _layout.READER_PARKS) >> 3],
+        )
+
+
+def unlink(name: str) -> None:
+    """Remove a ring's name. Handles that are open stay as they are; who opens the name later finds nothing.
+
+    Raises:
+        FileNotFoundError: There is no such name.
+    """
+    os_backend.unlink(_layout.check_name(name))
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def _deadline(timeout: float | None) -> float | None:
+    """The point on time.monotonic when `timeout` seconds are over; None is never."""
+    if timeout is None:
+        return None
+    if timeout != timeout:
+        raise ValueError("timeout is a number of seconds or None, not a NaN")
+    return None if timeout > 1e9 else time.monotonic() + max(timeout, 0)
+
+
+def _check_spin(spin: float | None) -> float | None:
+    if spin is not None and not 0 <= spin <= 1:
+        raise ValueError(f"spin is 0 to 1 seconds or None, not {spin!r}")
+    return spin
+
+
+def _flat(data: Any) -> bytes | memoryview:
+    """The bytes of a C-contiguous buffer, in one dimension; small ones as a copy, which is cheaper."""
+    try:
+        view = memoryview(data)
+    except TypeError:
+        raise TypeError(f"a message is a bytes-like object, not {type(data).__name__}") from None
+    if not view.c_contiguous:
+        raise ValueError("a message is a C-contiguous buffer; this one is not (copy it first)")
+    if view.nbytes <= PACKED:
+        return view.tobytes()
+    try:
+        return view.cast("B")
+    except (ValueError, NotImplementedError, TypeError):  # a format that only its maker knows
+        return view.tobytes()
+
+
+def _read_into(buf: Any, max_len: Any) -> ReadInto:
+    view = None
+    if buf is not None:
+        if isinstance(buf, int):
+            raise TypeError(f"read({buf!r}): the first argument is a buffer; write read(max_len={buf!r}) for a limit")
+        try:
+            view = memoryview(buf)
+        except TypeError:
+            raise TypeError(f"buf is a writable buffer, not {type(buf).__name__}") from None
+        if view.readonly:
+            raise TypeError(f"buf is a writable buffer; this {type(buf).__name__} is read-only")
+        if not view.c_contiguous:
+            raise ValueError("buf is a C-contiguous buffer; this one is not")
+        view = view.cast("B") if view.nbytes else memoryview(bytearray())
+    if max_len is None:
+        assert view is not None
+        return ReadInto(view, len(view))
+    if not isinstance(max_len, int) or isinstance(max_len, bool):
+        raise TypeError(f"max_len is a number of bytes, not {type(max_len).__name__}")
+    if max_len < 0:
+        raise ValueError(f"max_len is a number of bytes, not {max_len}")
+    return ReadInto(view, max_len if view is None else min(max_len, len(view)))
+
+
+# ---------------------------------------------------------------- pickling, forks and the end of the process
+
+
+def _unpickle(cls: type[Ring], name: str, nonce: bytes, any_owner: bool, spin: float | None) -> Ring:
+    ring = cls.open(name, any_owner=any_owner, spin=spin)
+    if ring._segment.layout.nonce != nonce:
+        ring.close()
+        raise RingError(f"the ring that is called {name!r} now is not the one that was pickled")
+    return ring
+
+
+def _remember(ring: Ring) -> None:
+    """Have this handle follow forks, and close at the end of the process."""
+    if not _hooks:
+        os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+        atexit.register(_close_all)
+        _hooks.append(True)  # after it: registered twice is harmless, never is not
+    _open_rings[id(ring)] = weakref.ref(ring)
+
+
+def _rings() -> list[Ring]:
+    """The open handles; a list made in one step, because other threads open and close meanwhile."""
+    return [ring for ring in [reference() for reference in list(_open_rings.values())] if ring is not None]
+
+
+def _before_fork() -> None:
+    for ring in _rings():
+        ring._segment.before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    for ring in _rings():
+        ring._segment.after_fork_in_parent()
+
+
+def _after_fork_in_child() -> None:
+    for ring in _rings():
+        ring._segment.after_fork_in_child()
+        if not ring._closed:
+            ring._take_up()
+
+
+def _close_all() -> None:
+    for ring in _rings():
+        ring.close()
