@@ -45,5 +45,14 @@ class Segment(_words.Segment, Protocol):
     def close(self, keep: bool = False) -> None:
         """Give up everything but the memory, and remove the name if nobody else is there."""
 
+    def before_fork(self) -> None:
+        """Be present for the child before the parent can go away."""
+
+    def after_fork_in_parent(self) -> None:
+        """Leave to the child what is the child's."""
+
+    def after_fork_in_child(self) -> None:
+        """Drop every claim of the parent's; the child is present on its own."""
+
 
 __all__ = ["Segment", "os_backend"]

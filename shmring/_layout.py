@@ -56,10 +56,10 @@ Readers that share a cursor (one, compete) have one row; broadcast readers have 
     8       8     messages_out     reader       messages ever consumed; may lag by one per kill
     16      8     -                -            zero, for messages lost to this reader
 
-Used table, after the cursors: one byte for each lane.
+Used table, after the cursors: one byte for each lane, and one that stays zero.
 
     offset  size  name             writer       meaning
-    0       1     lane_used        lane writer  1 once a writer has claimed this lane, for ever
+    0       1     lane_used        claimants    1 once this lane or a later one was claimed, for ever
 
 Then, from `lanes_offset`, the lanes, `capacity` bytes each. A position is a count of bytes that
 only grows; the byte it speaks of lies at ``lanes_offset + lane * capacity + pos % capacity``. Between
@@ -156,7 +156,7 @@ class Layout(NamedTuple):
 
     @property
     def lanes_offset(self) -> int:
-        return round_up(self.used_offset + self.writers, PAGE)
+        return round_up(self.used_offset + self.writers + 1, PAGE)
 
     @property
     def segment_bytes(self) -> int:
@@ -246,7 +246,7 @@ def parse_header(header: bytes, segment_bytes: int, machine: str, name: str) -> 
             f"ring {name!r} has layout version {version}, this copy of shmring knows version {LAYOUT_VERSION}"
         )
     if kind != MACHINES[machine]:
-        raise RingIncompatible(f"ring {name!r} was made on machine kind {kind}, this is {MACHINES[machine]} ({machine})")
+        raise RingIncompatible(f"ring {name!r} is of machine kind {kind}, this is {MACHINES[machine]} ({machine})")
     if len(header) < HEADER_BYTES:
         raise RingCorrupted(f"ring {name!r} has {segment_bytes:,} bytes, too few for a header")
     (checksum,) = _CHECKSUM.unpack_from(header, _HEADER.size)
@@ -256,7 +256,7 @@ def parse_header(header: bytes, segment_bytes: int, machine: str, name: str) -> 
     _, _, _, size, capacity, writers, readers, slots, rows, flags, _, lanes_offset, nonce = fields
     layout = Layout(capacity, writers, bool(flags & KEEP), nonce)
     if readers not in READERS.values() or (slots, rows) != (1, 1):
-        raise RingIncompatible(f"ring {name!r} has readers of kind {readers}, which this copy of shmring does not know")
+        raise RingIncompatible(f"ring {name!r} has readers of kind {readers}, unknown to this copy of shmring")
     if capacity % PAGE or not (0 < capacity <= MAX_CAPACITY and 0 < writers <= MAX_WRITERS):
         raise RingCorrupted(f"ring {name!r}: capacity {capacity:,} with {writers:,} lanes cannot be")
     if (size, lanes_offset) != (layout.segment_bytes, layout.lanes_offset):

@@ -32,7 +32,8 @@ from ._words import Fence, make_fence
 
 MACHINE: Final = os.uname().machine
 if sys.maxsize <= 2**32 or MACHINE not in ("x86_64", "aarch64"):
-    raise ImportError(f"shmring knows 64-bit x86_64 and aarch64 Linux, not {sys.maxsize.bit_length() + 1}-bit {MACHINE}")
+    bits = sys.maxsize.bit_length() + 1
+    raise ImportError(f"shmring knows 64-bit x86_64 and aarch64 Linux, not a {bits}-bit Python on {MACHINE}")
 
 DIRECTORY = "/dev/shm"
 PREFIX: Final = "shmring."
@@ -113,7 +114,7 @@ _membarrier = _Membarrier()
 def describe() -> str:
     """What `Ring.backend` says."""
     if _membarrier.failed:
-        return f"linux: futex, OFD locks; no membarrier ({_membarrier.failed}), so sleepers look again every millisecond"
+        return f"linux: futex, OFD locks; no membarrier ({_membarrier.failed}): sleepers look again every millisecond"
     return "linux: futex, OFD locks, membarrier"
 
 
@@ -227,7 +228,8 @@ class Segment:
             while True:
                 try:
                     # linkat(2) follows the link in /proc only if it is given a directory.
-                    os.link(f"/proc/self/fd/{fd}", PREFIX + name, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=True)
+                    file = f"/proc/self/fd/{fd}"
+                    os.link(file, PREFIX + name, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=True)
                     return self
                 except FileExistsError:
                     _clear_the_way(name, replace)
@@ -247,9 +249,8 @@ class Segment:
         try:
             status = os.fstat(fd)
             if not any_owner and status.st_uid not in (os.geteuid(), 0):
-                raise PermissionError(
-                    errno.EPERM, f"the ring belongs to user {status.st_uid}; pass any_owner=True to trust that user", name
-                )
+                what = f"the ring belongs to user {status.st_uid}; pass any_owner=True to trust that user"
+                raise PermissionError(errno.EPERM, what, name)
             header = os.pread(fd, _layout.HEADER_BYTES, 0)
             layout = _layout.parse_header(header, status.st_size, MACHINE, name)
             self._open_locks(fd)
@@ -279,7 +280,8 @@ class Segment:
         try:
             self.map = mmap.mmap(fd, layout.segment_bytes)
         except OSError as error:
-            raise OSError(error.errno, f"cannot map the ring's {layout.segment_bytes:,} bytes: {error.strerror}", self.name) from error
+            what = f"cannot map the ring's {layout.segment_bytes:,} bytes: {error.strerror}"
+            raise OSError(error.errno, what, self.name) from error
         self.words = memoryview(self.map).cast("Q")
         self.bells = memoryview(self.map).cast("I")
         self._address = addressof(c_char.from_buffer(self.map))
@@ -316,7 +318,8 @@ class Segment:
         try:
             os.posix_fallocate(self._locks, offset, nbytes)
         except OSError as error:
-            raise OSError(error.errno, f"no memory for a lane of {nbytes:,} bytes: {error.strerror}", self.name) from error
+            what = f"no memory for a lane of {nbytes:,} bytes: {error.strerror}"
+            raise OSError(error.errno, what, self.name) from error
 
     # ------------------------------------------------------------ sleeping and waking
 
@@ -401,7 +404,8 @@ def _clear_the_way(name: str, replace: bool) -> None:
             raise FileExistsError(errno.EEXIST, f"{_path(name)} exists and is no ring; it is left alone", name)
         kept = _layout.is_kept(os.pread(fd, _layout.HEADER_BYTES, 0))
         if kept and not replace:
-            raise FileExistsError(errno.EEXIST, "a kept ring of this name exists; open it, unlink it, or pass replace=True", name)
+            what = "a kept ring of this name exists; open it, unlink it, or pass replace=True"
+            raise FileExistsError(errno.EEXIST, what, name)
         if not _lock(fd, fcntl.F_WRLCK, _layout.PRESENCE):
             if replace:
                 raise RingBusy(f"ring {name!r} cannot be replaced: somebody has it open")

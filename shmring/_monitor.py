@@ -95,7 +95,8 @@ class Monitor:
         """End the generator once nobody is inside. Closing again does nothing."""
         while True:
             try:
-                return self.steps.close()
+                self.steps.close()
+                return
             except ValueError:
                 self._let_go()
 

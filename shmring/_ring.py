@@ -198,7 +198,13 @@ class Ring:
         Returns:
             False if there is no room, and nothing was written.
         """
-        return unwrap(self._enter_writer(data if type(data) is bytes else _flat(data))) is None
+        if type(data) is not bytes:
+            data = _flat(data)
+        try:
+            answer = self._send(data)  # as in `write`
+        except (ValueError, StopIteration):
+            answer = self._enter_writer(data)
+        return answer is None or unwrap(answer) is None
 
     def write_many(self, messages: Iterable[Buffer], *, timeout: float | None = None) -> int:
         """Append messages in their order, much faster than one by one.
@@ -219,10 +225,11 @@ class Ring:
         checked = list(messages)
         if not set(map(type, checked)) <= {bytes}:
             checked = [message if type(message) is bytes else _flat(message) for message in checked]
-        longest = max(map(len, checked), default=0)
+        sizes = set(map(len, checked))
+        longest = max(sizes, default=0)
         if longest > self.max_message:
             raise MessageTooLarge(self.name, longest, self.max_message)
-        batch = WriteBatch(checked)
+        batch = WriteBatch(checked, longest if len(sizes) == 1 else -1)
         wanted = unwrap(self._enter_writer(batch))
         if wanted is not None:
             try:
@@ -243,14 +250,17 @@ class Ring:
         parking = writer.parking
         assert parking is not None
 
-        def attempt() -> bool:
-            nonlocal wanted
-            answer = unwrap(self._enter_writer(data))
-            if answer is None:
-                return True
-            wanted = answer
-            return False
+        written = False
 
+        def attempt() -> bool:
+            nonlocal wanted, written
+            if not written:
+                answer = unwrap(self._enter_writer(data))
+                written = answer is None
+                wanted = answer or 0
+            return written
+
+        self._spin_on(attempt, deadline)
         self._wait(attempt, parking, lambda: writer.read_pos < wanted, lambda: wanted, deadline, "no room in")
 
     # ------------------------------------------------------------ reading
@@ -282,27 +292,56 @@ class Ring:
         If this process dies inside the call, the message is in the ring or it is taken; none of the
         others is affected. The next process that reads takes up after the last one taken.
         """
-        message = None
-        if buf is None and max_len is None:
-            try:
-                # A `for` and not a call of next(): between the two the interpreter lets no signal
-                # handler run, whose exception would lose the message.
+        if buf is not None or max_len is not None:
+            answer: bytes | int = self._read_when_there(_read_into(buf, max_len), _deadline(timeout), None)
+            return answer
+        message: Any = None
+        spin_until: float | None = None
+        try:
+            while True:
+                # A `for` and not a call of next(): between the two the interpreter runs no signal
+                # handler, whose exception would lose the message.
                 for message in self._messages:
                     if type(message) is bytes:
                         return message
                     break
-            except ValueError:
-                pass  # another thread is inside
-            except BaseException:
-                if type(message) is bytes:
-                    self._enter_reader(GiveBack(message))
-                raise
-            return self._read_when_there(None, _deadline(timeout), message)
-        return self._read_when_there(_read_into(buf, max_len), _deadline(timeout), None)
+                else:
+                    break  # the handle is closed
+                if message is not None:
+                    break  # an exception
+                # Spin here, a few times faster than in _wait: it is what a message waits for.
+                now = time.monotonic()
+                if spin_until is None:
+                    spin_until = now + (self._spin if timeout is None else min(timeout, self._spin))
+                if now >= spin_until:
+                    break
+        except ValueError:
+            pass  # another thread is inside
+        except BaseException:
+            if type(message) is bytes:
+                self._enter_reader(GiveBack(message))
+            raise
+        message = self._read_when_there(None, _deadline(timeout), message, spun=True)
+        assert type(message) is bytes
+        return message
 
     def try_read(self) -> bytes | None:
         """Remove and return one message if there is one, else None. Raises what `read` raises, but RingTimeout."""
-        message = unwrap(self._enter_reader(None))
+        message: Any = None
+        try:
+            for message in self._messages:  # as in `read`
+                if message is None or type(message) is bytes:
+                    return message
+                break
+        except ValueError:
+            pass
+        except BaseException:
+            if type(message) is bytes:
+                self._enter_reader(GiveBack(message))
+            raise
+        message = unwrap(message)
+        if message is None:
+            message = unwrap(self._enter_reader(None))
         assert message is None or type(message) is bytes
         return message
 
@@ -363,7 +402,7 @@ class Ring:
         except StopIteration:
             raise self._is_closed() from None
 
-    def _read_when_there(self, request: Any, deadline: float | None, answer: Any) -> Any:
+    def _read_when_there(self, request: Any, deadline: float | None, answer: Any, spun: bool = False) -> Any:
         answer = unwrap(answer)
 
         def attempt() -> bool:
@@ -375,10 +414,19 @@ class Ring:
         if not attempt():
             reader = self._reader
             assert reader.parking is not None
+            if not spun:
+                self._spin_on(attempt, deadline)
             self._wait(attempt, reader.parking, reader.nothing, lambda: 0, deadline, "no message in")
         return answer
 
     # ------------------------------------------------------------ waiting
+
+    def _spin_on(self, attempt: Callable[[], bool], deadline: float | None) -> None:
+        """Attempt for a short time. It ends early when an attempt succeeds; `_wait` then sees that at once."""
+        now = time.monotonic()
+        until = now + self._spin if deadline is None else min(now + self._spin, deadline)
+        while now < until and not attempt():
+            now = time.monotonic()
 
     def _wait(
         self,
@@ -389,13 +437,7 @@ class Ring:
         deadline: float | None,
         what: str,
     ) -> None:
-        """Attempt until it succeeds: spin for a while, then sleep between the attempts."""
-        now = time.monotonic()
-        spin_until = now + self._spin if deadline is None else min(now + self._spin, deadline)
-        while now < spin_until:
-            if attempt():
-                return
-            now = time.monotonic()
+        """Attempt until it succeeds, and sleep in between."""
         while not attempt():
             if deadline is not None and time.monotonic() >= deadline:
                 raise RingTimeout(f"{what} ring {self.name!r} within the timeout")
@@ -599,7 +641,9 @@ def _unpickle(cls: type[Ring], name: str, nonce: bytes, any_owner: bool, spin: f
 def _remember(ring: Ring) -> None:
     """Have this handle follow forks, and close at the end of the process."""
     if not _hooks:
-        os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+        os.register_at_fork(
+            before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+        )
         atexit.register(_close_all)
         _hooks.append(True)  # after it: registered twice is harmless, never is not
     _open_rings[id(ring)] = weakref.ref(ring)

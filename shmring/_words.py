@@ -48,12 +48,14 @@ the other side fence (S3: Linux, membarrier) wakers that have registered leave t
 
 from __future__ import annotations
 
+import mmap
 import struct
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from functools import lru_cache
 from itertools import chain, islice
 from typing import Any, Final, NamedTuple, Optional, Protocol
 
@@ -65,6 +67,7 @@ from ._monitor import Monitor, Raised
 PACKED: Final = 1024  # bytes; messages up to this go in by struct, one call for length and payload
 JOINED: Final = 16384  # bytes; longer ones are not worth joining, which copies them once more
 BURST: Final = 65536  # bytes that are published, or copied out, in one go at most
+BLOCK: Final = 32  # records that one struct takes apart: half the time of one at a time
 
 _LENGTH = struct.Struct("=Q")
 _GAPS = tuple(bytes(-size & 7) for size in range(8))
@@ -112,12 +115,16 @@ def make_fence(tso: bool) -> Callable[[], None]:
 
 
 class WriteBatch:
-    """Write these messages, as many as there is room for. `done` counts them."""
+    """Write these messages, as many as there is room for. `done` counts them.
 
-    __slots__ = ("done", "messages")
+    `size` is their size, or -1 if they have several.
+    """
 
-    def __init__(self, messages: list[Any]) -> None:
+    __slots__ = ("done", "messages", "size")
+
+    def __init__(self, messages: list[Any], size: int) -> None:
         self.messages = messages
+        self.size = size
         self.done = 0
 
     def __len__(self) -> int:
@@ -146,19 +153,15 @@ class GiveBack(NamedTuple):
 # ---------------------------------------------------------------- framing, of bytes nobody else looks at
 
 
-def join_records(messages: Sequence[Any], start: int, room: int) -> tuple[bytes, int]:
-    """As many of ``messages[start:]`` as fit into `room` bytes, as records, and how many these are.
+def join_run(messages: list[Any], size: int) -> bytes:
+    """Messages that all have this `size`, as records. In C, at some 30 ns a message."""
+    header, gap = _LENGTH.pack(size), _GAPS[size & 7]
+    return header + (gap + header).join(messages) + gap
 
-    The first one fits. A run of one size is joined in C, at some 50 ns a message.
-    """
-    size = len(messages[start])
-    step = record_bytes(size)
-    room = min(room, BURST)
-    run = messages[start : start + room // step]
-    if [*map(len, run)].count(size) == len(run):
-        header, gap = _LENGTH.pack(size), bytes(step - RECORD_HEADER - size)
-        return header + (gap + header).join(run) + gap, len(run)
-    parts = []
+
+def join_mixed(messages: list[Any], start: int, room: int) -> tuple[bytes, int]:
+    """As many of ``messages[start:]`` as fit into `room` bytes, as records, and how many these are."""
+    parts: list[Any] = []
     taken = 0
     for message in islice(messages, start, None):
         size = len(message)
@@ -170,9 +173,22 @@ def join_records(messages: Sequence[Any], start: int, room: int) -> tuple[bytes,
     return b"".join(parts), taken
 
 
-def run_decoder(size: int) -> Callable[[Any], Iterator[tuple[bytes]]]:
-    """What turns the bytes of consecutive records, all of `size`, into 1-tuples of messages, in C."""
-    return struct.Struct(f"{RECORD_HEADER}x{size}s{record_bytes(size) - RECORD_HEADER - size}x").iter_unpack
+def split_run(burst: bytes, size: int) -> list[bytes]:
+    """The messages in consecutive records that all have this `size`. In C, at some 40 ns a message."""
+    messages: list[bytes] = []
+    block = BLOCK * record_bytes(size)
+    whole = len(burst) - len(burst) % block
+    if whole:
+        unpack = _records(size, BLOCK).unpack_from
+        for at in range(0, whole, block):
+            messages += unpack(burst, at)
+    messages += chain.from_iterable(_records(size, 1).iter_unpack(burst[whole:]))
+    return messages
+
+
+@lru_cache(maxsize=256)
+def _records(size: int, number: int) -> struct.Struct:
+    return struct.Struct(f"{RECORD_HEADER}x{size}s{-size & 7}x" * number)
 
 
 # ---------------------------------------------------------------- falling asleep and waking up
@@ -292,7 +308,7 @@ class Writer:
             fill = write_pos - words[(layout.cursor(lane) + _layout.READ_POS) >> 3]
             if 0 <= fill <= layout.capacity and not (write_pos | fill) & 7:
                 ranked.append((lane != self._lane, fill, write_pos == 0, lane))
-        for _, _, unused, lane in sorted(ranked):
+        for _, _, unused, lane in sorted(ranked):  # noqa: B007 - used after the loop
             self._lane = lane
             if segment.claim(_layout.LANE + lane):
                 break
@@ -300,7 +316,9 @@ class Writer:
             self._lane = -1
             damaged = layout.writers - len(ranked)
             if damaged:
-                raise RingCorrupted(f"ring {segment.name!r}: {damaged} of {layout.writers} lanes are damaged, none is free")
+                raise RingCorrupted(
+                    f"ring {segment.name!r}: {damaged} of its {layout.writers} lanes are damaged, the others are taken"
+                )
             raise RingBusy(
                 f"ring {segment.name!r}: each of its {layout.writers} lanes has a living writer; "
                 f"close one, or create the ring with a larger writers= (it was writers={layout.writers})"
@@ -313,7 +331,9 @@ class Writer:
                 segment.release(_layout.LANE + lane)
                 raise
         self._fence = segment.waker_fence()
-        segment.map[layout.used_offset + lane] = 1  # before the first W3: here the reader looks for lanes
+        # Before the first W3, and from lane 0 on: the reader looks for the first 0 here, and no further.
+        for number in range(lane + 1):
+            segment.map[layout.used_offset + number] = 1
         segment.ring(layout.readers_offset + _layout.READER_BELL)  # C1
         block = layout.lane_block(lane)
         self.parking = Parking(
@@ -372,18 +392,24 @@ class Writer:
         pos = segment.words[(segment.layout.lane_block(self._lane) + _layout.WRITE_POS) >> 3]
         while batch.done < len(messages):
             size = len(messages[batch.done])
-            pos, free, wanted = self._room(pos, record_bytes(size))
+            step = record_bytes(size)
+            pos, free, wanted = self._room(pos, step)
             if wanted:
                 return wanted
             at = first + pos % capacity
+            room = min(free - pos, BURST)
             if size > JOINED:
+                taken, nbytes = 1, step
                 segment.words[at >> 3] = size
-                segment.map[at + RECORD_HEADER : at + RECORD_HEADER + size] = messages[batch.done]
-                taken, nbytes = 1, record_bytes(size)
+                segment.map[at + RECORD_HEADER : at + RECORD_HEADER + size] = messages[batch.done]  # W2
             else:
-                blob, taken = join_records(messages, batch.done, free - pos)
-                nbytes = len(blob)
-                segment.map[at : at + nbytes] = blob  # W2
+                if batch.size >= 0:
+                    run = messages[batch.done : batch.done + room // step]
+                    records, taken = join_run(run, size), len(run)
+                else:
+                    records, taken = join_mixed(messages, batch.done, room)
+                nbytes = len(records)
+                segment.map[at : at + nbytes] = records  # W2
             pos += nbytes
             self._publish(pos, taken)
             batch.done += taken
@@ -499,7 +525,6 @@ class Reader:
     def __init__(self, segment: Segment) -> None:
         self._segment = segment
         self._lanes: list[_Lane] = []  # those that have ever been claimed
-        self._used = b""
         self._damaged: set[int] = set()
         self._last = 0  # the lane that was served last
         self._owed: deque[bytes] = deque()  # taken out of the ring, but not handed over
@@ -555,23 +580,14 @@ class Reader:
             f"It is skipped from now on, the other lanes are read on"
         )
 
-    def _find_lanes(self) -> None:
-        """See which lanes have been claimed since, and take up their words."""
-        segment, layout = self._segment, self._segment.layout
-        used = segment.map[layout.used_offset : layout.used_offset + layout.writers]
-        if used != self._used:
-            known = {lane.number for lane in self._lanes}
-            for number, byte in enumerate(used):
-                if byte and number not in known:
-                    lane = _Lane(layout, number)
-                    lane.load(segment.words)
-                    self._lanes.append(lane)
-            self._used = used
-
     def _look(self) -> list[_Lane]:
         """R1 for every lane: those that have something, the first to be served at the end."""
-        self._find_lanes()
-        words, capacity = self._segment.words, self._segment.layout.capacity
+        layout, words, used = self._segment.layout, self._segment.words, self._segment.map
+        while used[layout.used_offset + len(self._lanes)]:
+            lane = _Lane(layout, len(self._lanes))
+            lane.load(words)
+            self._lanes.append(lane)
+        capacity = layout.capacity
         turns = []
         for lane in self._lanes:
             lane.end = words[lane.write_pos]
@@ -678,7 +694,7 @@ class Reader:
                 run = self._run(lane, pos, size, most - len(messages))
                 at, nbytes = lane.first + pos % capacity, run * record_bytes(size)
                 if run > 1:
-                    messages += chain.from_iterable(run_decoder(size)(segment.map[at : at + nbytes]))  # R2
+                    messages += split_run(segment.map[at : at + nbytes], size)  # R2
                 else:
                     messages.append(segment.map[at + RECORD_HEADER : at + RECORD_HEADER + size])  # R2
                 pos += nbytes
@@ -704,30 +720,30 @@ class Reader:
     def _steps(self) -> Generator[Any, Any, None]:
         segment, capacity = self._segment, self._segment.layout.capacity
         words, ring, order = segment.words, segment.map, segment.order
-        used_from = segment.layout.used_offset
-        used_to = used_from + segment.layout.writers
+        used_offset = segment.layout.used_offset
         answer: Any = None
-        lane: _Lane | None = None
+        none = lane = _Lane(segment.layout, 0)
         message: Any = None
-        pos = end = given = 0
+        # Of the lane that is being read: its words, and how far it is read, published and handed over.
+        write_pos = read_pos = messages_out = parked = next_used = 0
+        pos = end = given = count = base = last = 0
         while True:
             try:
                 message = yield answer
                 if self.parking is None:
                     self._claim()
                 fence = self._fence
-                for lane in self._lanes:
-                    lane.load(words)
-                lane = None
+                for known in self._lanes:
+                    known.load(words)
+                lane = none
                 turns: list[_Lane] = []
                 pos = end = 0
                 alone = False  # there is one lane in use: no need to go round
                 size = step = -1
                 while True:
                     if message is not None:
-                        if lane is not None:
-                            lane.pos, lane.count = pos, count
-                        lane, pos, turns, alone = None, end, [], False
+                        lane.pos, lane.count = pos, count
+                        lane, pos, turns, alone = none, end, [], False
                         message = yield self._serve(message)
                         continue
                     if pos == end:
@@ -736,15 +752,14 @@ class Reader:
                             if order:
                                 order()  # ORDER R1 before R2, as in _look
                             if pos == end:
-                                if ring[used_from:used_to] != self._used:
-                                    alone = False
+                                if ring[next_used]:
+                                    alone = False  # another lane is in use now
                                 else:
                                     message = yield None
                                 continue
                         else:
-                            if lane is not None:
-                                lane.pos, lane.count = pos, count
-                                lane = None
+                            lane.pos, lane.count = pos, count
+                            lane = none
                             if self._owed:
                                 message = yield self._owed.popleft()
                                 continue
@@ -755,37 +770,53 @@ class Reader:
                                     continue
                             lane = turns.pop()
                             self._last = lane.number
-                            alone = len(self._lanes) == 1
+                            alone, next_used = len(self._lanes) == 1, used_offset + len(self._lanes)
                             pos = given = lane.pos
                             end, count = lane.end, lane.count
                             write_pos, read_pos, messages_out, parked = (
                                 lane.write_pos, lane.read_pos, lane.messages_out, lane.parked
                             )  # fmt: skip
-                            top = lane.top
                             base = pos - pos % capacity - lane.first  # the position of the segment's byte 0 in this lap
+                            last = lane.top - step  # up to here a record like the last one fits
                     at = pos - base
-                    if end == pos + step and at + step <= top and words[at >> 3] == size:
-                        run = 1  # one more like the last one, and that is all: the way of a message that is awaited
-                    else:
-                        lane.end = end
-                        if not pos < end <= pos + capacity or end & 7:
-                            self._damage(lane, pos, f"its write_pos is {end:,} with a capacity of {capacity:,}")
-                        given = pos
-                        message = None
-                        pos, size = self._record(lane, pos)
-                        base = pos - pos % capacity - lane.first
-                        at = pos - base
-                        if pos == end:
+                    if end - pos == step and at <= last and words[at >> 3] == size:
+                        # One more like the last one, and that is all there is: the way of a message that is
+                        # awaited, written out for its latency.
+                        at += RECORD_HEADER
+                        message = ring[at : at + size]  # R2
+                        if order:
+                            order()  # ORDER R2 before R3, as in _free
+                        words[read_pos] = pos = end  # R3
+                        words[messages_out] = count = count + 1
+                        if fence:
+                            fence()  # R4
+                        if words[parked] & 1:
+                            self._ring(lane, pos)  # R5
+                        try:
+                            message = yield message
+                        finally:
                             given = pos
-                            self._free(lane, pos, count, ())  # nothing but padding
-                            continue
-                        step = record_bytes(size)
-                        run = self._run(lane, pos, size, BURST)
+                        continue
+                    lane.end = end
+                    if not pos < end <= pos + capacity or end & 7:
+                        self._damage(lane, pos, f"its write_pos is {end:,} with a capacity of {capacity:,}")
+                    given = pos
+                    message = None
+                    pos, size = self._record(lane, pos)
+                    if pos == end:
+                        given = pos
+                        self._free(lane, pos, count, ())  # nothing but padding
+                        continue
+                    step = record_bytes(size)
+                    base = pos - pos % capacity - lane.first
+                    last = lane.top - step
+                    at = pos - base
+                    run = self._run(lane, pos, size, BURST)
                     if run > 3:
-                        burst = run_decoder(size)(ring[at : at + run * step])  # R2
+                        burst: Sequence[bytes] = split_run(ring[at : at + run * step], size)  # R2
                     else:
-                        burst = ((ring[at + RECORD_HEADER : at + RECORD_HEADER + size],),)  # R2
-                    for message, in burst:
+                        burst = (ring[at + RECORD_HEADER : at + RECORD_HEADER + size],)  # R2
+                    for message in burst:
                         if order:
                             order()  # ORDER R2 before R3, as in _free
                         words[read_pos] = pos = pos + step  # R3
@@ -803,6 +834,6 @@ class Reader:
             except GeneratorExit:
                 return
             except BaseException as error:
-                if lane is not None and words[lane.read_pos] != given and type(message) is bytes:
+                if lane is not none and words[lane.read_pos] != given and type(message) is bytes:
                     self._owed.append(message)  # out of the ring, but it did not reach the caller
                 answer = Raised(error)
