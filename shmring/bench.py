@@ -1,0 +1,1284 @@
+"""Measure shmring beside what the standard library has: ``python -m shmring.bench``.
+
+The peers are `multiprocessing.Queue`, `multiprocessing.Pipe`, a Unix socket and a raw `os.pipe`. All
+mechanisms do the same work in the same run, in turn, round after round; what is printed is the median
+of the rounds, with the lowest and the highest. This process only directs: the measured ones are
+started for it (spawn), keep one mechanism's channels ready beside the other's, and get their jobs,
+which are functions of this module, through a control pipe.
+
+Every message is checked. In the timed rounds short ones are compared whole, and of long ones the
+length, the number in front and the last bytes, with the same code for all mechanisms. Before its timed
+rounds each way of sending passes a run that is not timed, where every byte of every message counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import html
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import platform
+import random
+import resource
+import select
+import selectors
+import signal
+import socket
+import statistics
+import struct
+import sys
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from multiprocessing import connection
+from typing import Any, Final, NamedTuple
+
+from . import __version__
+from ._backend import os_backend
+from ._errors import RingTimeout
+from ._ring import Ring
+
+PARTS: Final = ("latency", "throughput", "clients", "cpu")
+MODES: Final = ("spinning", "blocking", "asleep")
+SMALL: Final = (64, 1024)  # bytes; the sizes whose latency is measured
+SIZES: Final = (64, 1024, 1 << 16, 1 << 20)  # bytes; the sizes that are streamed
+WHOLE: Final = 1024  # bytes; messages up to this are compared whole, also while the time is taken
+BATCH: Final = {64: 1024, 1024: 256, 1 << 16: 4, 1 << 20: 2}  # different messages that go round; one write_many
+CAPACITY: Final = {64: 1 << 20, 1024: 1 << 20, 1 << 16: (1 << 19) + 4096, 1 << 20: (1 << 21) + 4096}  # bytes of a lane
+CLIENTS: Final = 10
+NUMBERS: Final = range(CLIENTS)
+CLIENT_CAPACITY: Final = 1 << 15  # bytes of a lane for requests, and of one for replies
+REQUEST: Final = 64  # bytes
+PAUSE: Final = 0.0005  # seconds in which a reader falls asleep, between two messages
+MOST_SAMPLES: Final = 20_000  # round trips in a round
+TAIL: Final = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
+LIMIT = 30.0  # seconds after which a job that has not ended is given up
+
+SPAWN: Final = multiprocessing.get_context("spawn")
+clock = time.perf_counter_ns  # the same in all processes
+_NUMBER = struct.Struct("<Q")
+_STAMPED = struct.Struct("<QQ")
+
+
+class Scale(NamedTuple):
+    """How long to measure."""
+
+    rounds: int
+    seconds: float  # for one mechanism in one round
+    clients_seconds: float
+    idle: float  # seconds that a reader is left without a message
+    checked: int  # messages of which every byte is checked
+
+
+NORMAL: Final = Scale(rounds=5, seconds=0.1, clients_seconds=0.25, idle=2.0, checked=2000)
+QUICK: Final = Scale(rounds=3, seconds=0.02, clients_seconds=0.05, idle=0.5, checked=500)
+SMOKE: Final = Scale(rounds=1, seconds=0.002, clients_seconds=0.002, idle=0.05, checked=20)
+
+
+class WrongMessage(Exception):
+    """A message came that is not the one that was due."""
+
+
+class BenchError(Exception):
+    """The run cannot go on, or does not count."""
+
+
+# ---------------------------------------------------------------- messages and their checks
+
+
+class Ends:
+    """Equal to a long message that has this one's length, number and last bytes."""
+
+    def __init__(self, message: bytes) -> None:
+        self._size, self._head, self._tail = len(message), message[:8], message[-8:]
+
+    def __eq__(self, other: Any) -> bool:
+        return len(other) == self._size and other[:8] == self._head and other[-8:] == self._tail
+
+
+def pattern(number: int, size: int) -> bytes:
+    """The message of this number: 8 bytes of number, then bytes that follow from it."""
+    return _NUMBER.pack(number) + random.Random(number).randbytes(size - 8)
+
+
+@lru_cache(8)
+def messages_of(size: int, count: int) -> list[bytes]:
+    """The first `count` messages."""
+    return [pattern(number, size) for number in range(count)]
+
+
+def expected_of(size: int, count: int, thorough: bool) -> list[Any]:
+    """What to compare them with."""
+    messages = messages_of(size, count)
+    return list(messages) if thorough or size <= WHOLE else list(map(Ends, messages))
+
+
+def complain(message: Any, expected: Any) -> None:
+    """Say how a message is wrong."""
+    number = _NUMBER.unpack(message[:8])[0] if len(message) >= 8 else "none"
+    wanted = f"number {_NUMBER.unpack(expected[:8])[0]}" if isinstance(expected, bytes) else "another one"
+    raise WrongMessage(f"a wrong message: {len(message)} bytes with number {number}; due was {wanted}")
+
+
+# ---------------------------------------------------------------- the mechanisms
+
+
+class Channel:
+    """One direction of a mechanism. Made in the directing process, pickled to the measured ones.
+
+    What the methods return is as bare as it can be, so that little but the mechanism is timed.
+    """
+
+    label = ""
+    spins = True  # there is a poller
+    shared = True  # several processes can send
+
+    def sender(self, size: int) -> Callable[[bytes], Any]:
+        """A function that sends one message."""
+        raise NotImplementedError
+
+    def receiver(self, size: int) -> Callable[[], Any]:
+        """A function that waits for a message and returns it."""
+        raise NotImplementedError
+
+    def poller(self, size: int) -> Callable[[], Any]:
+        """A function that returns a message, or None if none is there."""
+        raise NotImplementedError
+
+    @classmethod
+    def requests(cls, channels: Sequence[Channel], size: int) -> Iterator[Any]:
+        """The messages of a server's clients, as they come. One shared channel, unless overridden."""
+        return iter(channels[0].receiver(size), None)
+
+    def close(self) -> None:
+        """Give up this process's ends."""
+
+
+class RingChannel(Channel):
+    """A ring for each size of message."""
+
+    label = "shmring"
+
+    def __init__(self, name: str, capacities: dict[int, int], writers: int = 1) -> None:
+        self.rings: dict[int, Ring] = {}
+        try:
+            for size, capacity in capacities.items():
+                self.rings[size] = Ring.create(f"{name}-{size}", capacity, writers=writers)
+        except BaseException:
+            self.close()
+            raise
+
+    def sender(self, size: int) -> Callable[[bytes], Any]:
+        return self.rings[size].write
+
+    def receiver(self, size: int) -> Callable[[], Any]:
+        return self.rings[size].read
+
+    def poller(self, size: int) -> Callable[[], Any]:
+        return self.rings[size].try_read
+
+    @classmethod
+    def requests(cls, channels: Sequence[Any], size: int) -> Iterator[Any]:
+        return iter(channels[0].rings[size])
+
+    def file_bytes(self) -> int:
+        """The memory that the rings' files take."""
+        paths = [os.path.join(os_backend.DIRECTORY, os_backend.PREFIX + ring.name) for ring in self.rings.values()]
+        return sum(os.stat(path).st_blocks * 512 for path in paths)
+
+    def close(self) -> None:
+        for ring in self.rings.values():
+            ring.close()
+
+
+class QueueChannel(Channel):
+    """multiprocessing.Queue: a pickle for each message, and a thread that feeds a pipe."""
+
+    label = "multiprocessing.Queue"
+    spins = False
+
+    def __init__(self) -> None:
+        self._queue = SPAWN.Queue()
+
+    def sender(self, size: int) -> Callable[[bytes], Any]:
+        return self._queue.put
+
+    def receiver(self, size: int) -> Callable[[], Any]:
+        return self._queue.get
+
+    def close(self) -> None:
+        self._queue.close()
+
+
+class PipeChannel(Channel):
+    """multiprocessing.Pipe as it is by default (duplex), with send_bytes and recv_bytes."""
+
+    label = "multiprocessing.Pipe"
+    spins = shared = False
+
+    def __init__(self) -> None:
+        self.near, self.far = multiprocessing.Pipe()
+
+    def sender(self, size: int) -> Callable[[bytes], Any]:
+        return self.near.send_bytes
+
+    def receiver(self, size: int) -> Callable[[], Any]:
+        return self.far.recv_bytes
+
+    @classmethod
+    def requests(cls, channels: Sequence[Any], size: int) -> Iterator[Any]:
+        ends = [channel.far for channel in channels]
+        while True:
+            for end in connection.wait(ends):
+                yield end.recv_bytes()  # type: ignore[union-attr]
+
+    def close(self) -> None:
+        self.near.close()
+        self.far.close()
+
+
+class SocketChannel(Channel):
+    """A pair of Unix sockets: SOCK_SEQPACKET, and SOCK_STREAM for what is too long for one packet."""
+
+    label = "Unix socket"
+    shared = False
+
+    def __init__(self) -> None:
+        self.packets = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.stream = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+
+    def sender(self, size: int) -> Callable[[bytes], Any]:
+        return self.packets[0].send if size <= 1 << 16 else self.stream[0].sendall
+
+    def receiver(self, size: int) -> Callable[[], Any]:
+        if size <= 1 << 16:
+            return partial(self.packets[1].recv, size)
+        return filler(self.stream[1].recv_into, size)
+
+    def poller(self, size: int) -> Callable[[], Any]:
+        return unless_blocking(partial(self.packets[1].recv, size, socket.MSG_DONTWAIT))
+
+    @classmethod
+    def requests(cls, channels: Sequence[Any], size: int) -> Iterator[Any]:
+        with selectors.DefaultSelector() as selector:
+            for channel in channels:
+                selector.register(channel.packets[1], selectors.EVENT_READ, channel.receiver(size))
+            while True:
+                for key, _ in selector.select():
+                    yield key.data()
+
+    def close(self) -> None:
+        for end in (*self.packets, *self.stream):
+            end.close()
+
+
+class RawPipeChannel(Channel):
+    """os.pipe with os.write and os.read; its two descriptors travel as Connections, which can be pickled."""
+
+    label = "os.pipe"
+
+    def __init__(self) -> None:
+        self._out, self._in = multiprocessing.Pipe(duplex=False)
+
+    def sender(self, size: int) -> Callable[[bytes], Any]:
+        return partial(os.write, self._in.fileno())
+
+    def receiver(self, size: int) -> Callable[[], Any]:
+        fd = self._out.fileno()
+        os.set_blocking(fd, True)
+        if size <= select.PIPE_BUF:
+            return partial(os.read, fd, size)
+        return filler(lambda view: os.readv(fd, [view]), size)
+
+    def poller(self, size: int) -> Callable[[], Any]:
+        fd = self._out.fileno()
+        os.set_blocking(fd, False)
+        return unless_blocking(partial(os.read, fd, size))
+
+    def close(self) -> None:
+        self._out.close()
+        self._in.close()
+
+
+KINDS: Final[tuple[type[Channel], ...]] = (RingChannel, QueueChannel, PipeChannel, SocketChannel, RawPipeChannel)
+LABELS: Final = tuple(kind.label for kind in KINDS)
+OURS, *PEERS = LABELS
+BATCHED: Final = f"{OURS}, batched"
+ITERATED: Final = f"{OURS}, iterated"
+WAYS: Final = (OURS, BATCHED, ITERATED, *PEERS)  # to stream
+
+
+def filler(read_into: Callable[[memoryview], int], size: int) -> Callable[[], bytearray]:
+    """A receiver of long messages from a stream of bytes: fills the same buffer each time."""
+    buffer = bytearray(size)
+    view = memoryview(buffer)
+
+    def receive() -> bytearray:
+        got = 0
+        while got < size:
+            count = read_into(view[got:])
+            if not count:
+                raise EOFError("the other side is gone")
+            got += count
+        return buffer
+
+    return receive
+
+
+def unless_blocking(receive: Callable[[], bytes]) -> Callable[[], bytes | None]:
+    """`receive`, but None instead of BlockingIOError."""
+
+    def poll() -> bytes | None:
+        try:
+            return receive()
+        except BlockingIOError:
+            return None
+
+    return poll
+
+
+# ---------------------------------------------------------------- what the measured processes do
+
+_channels: dict[str, Any] = {}  # by label; each job says what it expects there
+
+
+def work(control: connection.Connection, channels: dict[str, Any]) -> None:
+    """The life of a measured process: one job after another, until the directing process is gone."""
+    _channels.update(channels)
+    while True:
+        try:
+            function, args = control.recv()
+        except EOFError:
+            return
+        signal.alarm(math.ceil(LIMIT) * 2)  # should the directing process have been killed meanwhile
+        try:
+            answer = True, function(*args)
+        except WrongMessage as error:
+            answer = False, str(error)
+        except Exception as error:
+            answer = False, f"{type(error).__name__}: {error}"
+        signal.alarm(0)
+        control.send(answer)
+
+
+class Stream(NamedTuple):
+    """A one-way stream: the first `length` messages of this `size`, `laps` times over."""
+
+    label: str
+    size: int
+    way: str
+    length: int
+    laps: int
+    thorough: bool
+
+
+def stream_out(job: Stream) -> int:
+    """Send a stream; returns when it began."""
+    channel = _channels[job.label][0]
+    messages = messages_of(job.size, job.length)
+    if job.way == BATCHED:
+        write_many = channel.rings[job.size].write_many
+        start = clock()
+        for _ in range(job.laps):
+            write_many(messages)
+        return start
+    send = channel.sender(job.size)
+    start = clock()
+    for _ in range(job.laps):
+        for message in messages:
+            send(message)
+    return start
+
+
+def stream_in(job: Stream) -> int:
+    """Receive a stream and check it; returns when it ended."""
+    channel = _channels[job.label][0]
+    due = expected_of(job.size, job.length, job.thorough)
+    if job.way == BATCHED:
+        return batches_in(channel.rings[job.size].read_many, due, job.laps)
+    if job.way == ITERATED:
+        return iterated_in(iter(channel.rings[job.size]), due, job.laps)
+    receive = channel.receiver(job.size)
+    for _ in range(job.laps):
+        for expected in due:
+            message = receive()
+            if message != expected:
+                complain(message, expected)
+    return clock()
+
+
+def iterated_in(messages: Iterator[bytes], due: list[Any], laps: int) -> int:
+    for _ in range(laps):
+        for expected, message in zip(due, messages):
+            if message != expected:
+                complain(message, expected)
+    return clock()
+
+
+def batches_in(read_many: Callable[[int], list[bytes]], due: list[Any], laps: int) -> int:
+    most, at, left = len(due), 0, len(due) * laps
+    due = due * 2
+    while left:
+        batch = read_many(min(left, most))
+        if batch != due[at : at + len(batch)]:
+            for message, expected in zip(batch, due[at:]):
+                if message != expected:
+                    complain(message, expected)
+        at = (at + len(batch)) % most
+        left -= len(batch)
+    return clock()
+
+
+def ping(label: str, size: int, mode: str, count: int) -> array[int]:
+    """Send messages and wait for each to come back; the nanoseconds of the round trips."""
+    forth, back = _channels[label]
+    send, receive = forth.sender(size), (back.poller if mode == "spinning" else back.receiver)(size)
+    samples = array("q")
+    for message in itertools.islice(itertools.cycle(messages_of(size, BATCH[size])), count):
+        start = clock()
+        send(message)
+        while (answer := receive()) is None:
+            pass
+        samples.append(clock() - start)
+        if answer != message:
+            complain(answer, message)
+    return samples
+
+
+def pong(label: str, size: int, mode: str, count: int) -> None:
+    """Send back what `ping` sends."""
+    forth, back = _channels[label]
+    send, receive = back.sender(size), (forth.poller if mode == "spinning" else forth.receiver)(size)
+    for expected in itertools.islice(itertools.cycle(messages_of(size, BATCH[size])), count):
+        while (message := receive()) is None:
+            pass
+        send(message)
+        if message != expected:
+            complain(message, expected)
+
+
+def call(label: str, size: int, count: int) -> None:
+    """Send messages with pauses in which the reader falls asleep, each with the time of its sending."""
+    send, rest = _channels[label][0].sender(size), pattern(0, size)[16:]
+    for number in range(count):
+        time.sleep(PAUSE)
+        send(_STAMPED.pack(number, clock()) + rest)
+
+
+def listen(label: str, size: int, count: int) -> array[int]:
+    """Receive what `call` sends; the nanoseconds that each message took."""
+    receive, rest = _channels[label][0].receiver(size), pattern(0, size)[16:]
+    samples = array("q")
+    for number in range(count):
+        message = receive()
+        now = clock()
+        came, sent = _STAMPED.unpack(message[:16])
+        if came != number or message[16:] != rest:
+            complain(message, _NUMBER.pack(number))
+        samples.append(now - sent)
+    return samples
+
+
+def cpu_seconds() -> float:
+    """What this process has used so far, user and system time of all its threads."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def idle(label: str) -> float:
+    """Wait for one message; the CPU seconds it took."""
+    receive = _channels[label][0].receiver(SMALL[0])
+    before = cpu_seconds()
+    message = receive()
+    used = cpu_seconds() - before
+    if message != pattern(0, SMALL[0]):
+        complain(message, pattern(0, SMALL[0]))
+    return used
+
+
+def wake(seconds: float) -> None:
+    """Leave everybody idle for a while, then send each a message."""
+    time.sleep(seconds)
+    for forth, _ in _channels.values():
+        forth.sender(SMALL[0])(pattern(0, SMALL[0]))
+
+
+class Talk(NamedTuple):
+    """What a client has to tell: when it began and ended, and the nanoseconds of its requests."""
+
+    start: int
+    end: int
+    samples: array[int]
+
+
+def converse(send: Callable[[bytes], Any], receive: Callable[[], Any], client: int, count: int) -> Talk:
+    """Send requests, and wait for the reply to each, which is to be the same."""
+    samples, rest = array("q"), pattern(client, REQUEST)[16:]
+    began = clock()
+    for number in range(count):
+        request = _STAMPED.pack(number, client) + rest
+        start = clock()
+        send(request)
+        reply = receive()
+        samples.append(clock() - start)
+        if reply != request:
+            complain(reply, request)
+    return Talk(began, clock(), samples)
+
+
+def answer(requests: Iterable[bytes], send: Sequence[Callable[[bytes], Any]], count: int) -> None:
+    """Send each request back to the client whose number is in it."""
+    for request in itertools.islice(requests, count):
+        send[request[8]](request)
+
+
+def be_client(label: str, client: int, count: int, start: int) -> Talk:
+    requests, replies = _channels[label]
+    send, receive = requests.sender(REQUEST), replies.receiver(REQUEST)
+    time.sleep(max(0, start - clock()) / 1e9)
+    return converse(send, receive, client, count)
+
+
+def be_server(label: str, count: int) -> None:
+    requests, replies = _channels[label]
+    answer(type(requests[0]).requests(requests, REQUEST), [channel.sender(REQUEST) for channel in replies], count)
+
+
+def rehearse(channel: RingChannel, count: int) -> None:
+    """Do once, on a ring of its own that stays open, all that a server and a client do."""
+    _channels["rehearsal"] = channel
+    ring = channel.rings[REQUEST]
+    converse(ring.write, ring.read, 0, count)
+    ring.write(bytes(REQUEST))
+    answer(ring, [ring.write], count)
+    ring.read()
+    with contextlib.suppress(RingTimeout):
+        ring.read(timeout=0.01)
+    gc.collect()
+
+
+def connect(label: str, *channels: Any) -> None:
+    """Keep these channels; a ring's were opened when they arrived."""
+    _channels[label] = channels
+
+
+# ---------------------------------------------------------------- directing them
+
+
+class Worker(NamedTuple):
+    """A measured process, and the pipe that its jobs go through."""
+
+    process: Any
+    control: connection.Connection
+
+
+class Fleet:
+    """Measured processes that are ended, whatever happens, when the `with` block is left."""
+
+    def __init__(self) -> None:
+        self._workers: list[Worker] = []
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for worker in self._workers:
+            worker.process.kill()  # they hold nothing that the kernel does not take back
+        for worker in self._workers:
+            worker.process.join()
+            worker.process.close()
+            worker.control.close()
+
+    def hire(self, channels: dict[str, Any]) -> Worker:
+        """Start a process with these channels. Ctrl-C is for the directing one alone."""
+        ours, theirs = multiprocessing.Pipe()
+        process = SPAWN.Process(target=work, args=(theirs, channels), daemon=True)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a child inherits it
+        try:
+            process.start()
+            self._workers.append(Worker(process, ours))
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            theirs.close()
+        return self._workers[-1]
+
+    def run(self, *jobs: tuple[Any, ...]) -> list[Any]:
+        """Have each job, ``(worker, function, *args)``, done at the same time; what the functions return."""
+        for worker, function, *args in jobs:
+            worker.control.send((function, args))
+        answers: dict[Any, Any] = {}
+        waiting: list[Any] = [worker.control for worker, *_ in jobs]
+        ends = {worker.process.sentinel: worker.process for worker in self._workers}
+        deadline = time.monotonic() + LIMIT
+        while waiting:
+            ready = connection.wait([*waiting, *ends], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise BenchError(f"no end after {LIMIT:g} seconds; was a message lost?")
+            for control in ready:
+                if control in ends:
+                    ends[control].join()
+                    raise BenchError(f"a measured process died, exit code {ends[control].exitcode}")
+                waiting.remove(control)
+                fine, answers[control] = control.recv()  # type: ignore[union-attr]
+                if not fine:
+                    raise BenchError(answers[control])
+        return [answers[worker.control] for worker, *_ in jobs]
+
+
+_numbers = itertools.count()
+
+
+def make(label: str, channels: contextlib.ExitStack, capacities: dict[int, int] = CAPACITY, writers: int = 1) -> Any:
+    """Make a channel of a mechanism, which is closed with `channels`."""
+    kind: Any = KINDS[LABELS.index(label)]
+    args = (f"bench-{os.getpid()}-{next(_numbers)}", capacities, writers) if kind is RingChannel else ()
+    channel = kind(*args)
+    channels.callback(channel.close)
+    return channel
+
+
+class Run(NamedTuple):
+    """One mechanism's turn in one round."""
+
+    messages: int
+    seconds: float
+    cpu: float = 0.0
+    samples: Sequence[float] = ()  # nanoseconds
+    talks: Sequence[Talk] = ()
+    parks: int = 0  # times that the ring's reader fell asleep
+
+
+class Pair:
+    """Two measured processes with a channel in each direction of each mechanism."""
+
+    def __init__(self, fleet: Fleet, channels: contextlib.ExitStack) -> None:
+        self._run = fleet.run
+        links = {label: (make(label, channels), make(label, channels)) for label in LABELS}
+        self._rings = links[OURS][0].rings
+        self._left, self._right = fleet.hire(links), fleet.hire(links)
+
+    def stream(self, size: int, way: str, messages: int, thorough: bool = False) -> Run:
+        """Stream some `messages` from left to right."""
+        length = messages if thorough else BATCH[size]
+        job = Stream(way.partition(",")[0], size, way, length, max(1, round(messages / length)), thorough)
+        end, start = self._run((self._right, stream_in, job), (self._left, stream_out, job))
+        return Run(job.length * job.laps, (end - start) / 1e9)
+
+    def stream_and_cpu(self, size: int, way: str, messages: int) -> Run:
+        """`stream`, and the CPU seconds that both processes took for it."""
+        both = (self._left, cpu_seconds), (self._right, cpu_seconds)
+        before = self._run(*both)
+        run = self.stream(size, way, messages)
+        return run._replace(cpu=sum(self._run(*both)) - sum(before))
+
+    def latency(self, label: str, size: int, mode: str, messages: int) -> Run:
+        """One-way times of some `messages`."""
+        stats, start = self._rings[size].stats, clock()
+        parks = stats().reader_parks
+        if mode == "asleep":
+            samples, _ = self._run((self._right, listen, label, size, messages), (self._left, call, label, size, messages))
+        else:
+            job = label, size, mode, messages
+            _, trips = self._run((self._right, pong, *job), (self._left, ping, *job))
+            samples = [trip / 2 for trip in trips]
+        return Run(messages, (clock() - start) / 1e9, samples=samples, parks=stats().reader_parks - parks)
+
+
+class Office:
+    """A server and its clients, each a process."""
+
+    def __init__(self, fleet: Fleet, channels: contextlib.ExitStack) -> None:
+        self._run = fleet.run
+        self._channels = channels
+        links = {label: self._links(label) for label in PEERS}
+        self._server = fleet.hire(links)
+        self._clients = [fleet.hire({label: self._of(client, link) for label, link in links.items()}) for client in NUMBERS]
+
+    def _links(self, label: str) -> tuple[list[Any], list[Any]]:
+        """Channels for requests, one for all or one each, as the mechanism needs; and one each for replies."""
+        size = {REQUEST: CLIENT_CAPACITY}
+        many = 1 if KINDS[LABELS.index(label)].shared else CLIENTS
+        requests = [make(label, self._channels, size, CLIENTS) for _ in range(many)]
+        return requests, [make(label, self._channels, size) for _ in NUMBERS]
+
+    def _of(self, client: int, link: tuple[list[Any], list[Any]]) -> tuple[Any, Any]:
+        """The ends that one client needs."""
+        requests, replies = link
+        return requests[client % len(requests)], replies[client]
+
+    def talk(self, label: str, messages: int) -> Run:
+        """Some requests, as many from each client, all at the same time."""
+        each = max(1, messages // CLIENTS)
+        start = clock() + 10_000_000
+        jobs = [(worker, be_client, label, client, each, start) for client, worker in enumerate(self._clients)]
+        _, *talks = self._run((self._server, be_server, label, each * CLIENTS), *jobs)
+        seconds = max(talk.end for talk in talks) - min(talk.start for talk in talks)
+        return Run(each * CLIENTS, seconds / 1e9, talks=talks)
+
+    def connect_rings(self, rehearsals: int) -> dict[str, float]:
+        """Open the rings and use them; by how many bytes the memory for each client grew, and where.
+
+        Everybody has used a ring before, which stays open: so neither the interpreter's memory for
+        code that runs for the first time counts, nor is memory there that another ring gave back.
+        """
+        everybody = [self._server, *self._clients]
+        stages = [make(OURS, self._channels, {REQUEST: CLIENT_CAPACITY}) for _ in everybody]
+        self._run(*((worker, rehearse, stage, rehearsals) for worker, stage in zip(everybody, stages)))
+        before = [private_bytes(worker.process.pid) for worker in everybody]
+        (requests,), replies = link = self._links(OURS)
+        jobs = [(worker, connect, OURS, *self._of(client, link)) for client, worker in enumerate(self._clients)]
+        self._run((self._server, connect, OURS, *link), *jobs)
+        self.talk(OURS, rehearsals * CLIENTS)
+        self._run(*((worker, gc.collect) for worker in everybody))
+        server, *clients = [private_bytes(worker.process.pid) - early for worker, early in zip(everybody, before)]
+        files = requests.file_bytes() + sum(reply.file_bytes() for reply in replies)
+        growth = {
+            "the client's lane for requests": CLIENT_CAPACITY,
+            "the lane of its ring for replies": CLIENT_CAPACITY,
+            "the rest of the rings' files": files / CLIENTS - 2 * CLIENT_CAPACITY,
+            "memory of the server's own": server / CLIENTS,
+            "memory of the client's own": sum(clients) / CLIENTS,
+        }
+        growth["together"] = sum(growth.values())
+        growth["beyond the lanes"] = growth["together"] - 2 * CLIENT_CAPACITY
+        return growth
+
+
+def private_bytes(pid: int) -> int:
+    """What a process takes without shared memory: its share (PSS) of anonymous pages and of files."""
+    with open(f"/proc/{pid}/smaps_rollup") as file:
+        sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file if line.startswith("Pss")}
+    return sizes["Pss_Anon"] + sizes["Pss_File"] if "Pss_Anon" in sizes else sizes["Pss"]
+
+
+# ---------------------------------------------------------------- results, and how they are told
+
+
+class Result(NamedTuple):
+    """A figure: of each round, and what else is known."""
+
+    part: str
+    case: str
+    who: str
+    unit: str
+    rounds: list[float]
+    more: dict[str, Any]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
+
+
+Columns = dict[str, Callable[[Result], str]]
+
+
+class Progress:
+    """Says on stderr what goes on: in one line on a terminal, else in a line for each case."""
+
+    def __init__(self) -> None:
+        self.doing = "start"
+        self._tty = sys.stderr.isatty()
+        self._case = ""
+
+    def show(self, case: str, detail: str = "") -> None:
+        self.doing = f"{case}: {detail}" if detail else case
+        if self._tty:
+            print(f"\r\x1b[K{self.doing[:78]}", end="", file=sys.stderr, flush=True)
+        elif case != self._case:
+            print(f"measuring {case}", file=sys.stderr, flush=True)
+        self._case = case
+
+    def clear(self) -> None:
+        if self._tty:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+class Bench:
+    """One run: its scale, its results, and where they are told."""
+
+    def __init__(self, scale: Scale, out: Any) -> None:
+        self.scale = scale
+        self.results: list[Result] = []
+        self.progress = Progress()
+        self._out = out
+
+    def say(self, *lines: str) -> None:
+        """Print lines, and an empty one."""
+        self.progress.clear()
+        print(*lines, "", sep="\n", file=self._out, flush=True)
+
+    def table(self, header: Sequence[str], rows: Iterable[Sequence[str]], *notes: str) -> None:
+        """Print columns, the first aligned left and the others right."""
+        lines = [header, *rows]
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        widths[0] = max(widths[0], 32)
+        cells = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+        self.say(*("  ".join(row).rstrip() for row in cells), *notes)
+
+    def show(self, part: str, case: str, everybody: Iterable[str], columns: Columns, *notes: str) -> None:
+        """Print a case's results, a line for each mechanism."""
+        found = [(who, self.find(part, case, who)) for who in everybody]
+        rows = [[f"  {who}", *(cell(result) if result else "-" for cell in columns.values())] for who, result in found]
+        self.table([case, *columns], rows, *notes)
+
+    def note(self, part: str, case: str, who: str, unit: str, rounds: Iterable[float], **more: Any) -> None:
+        """Keep a result."""
+        self.results.append(Result(part, case, who, unit, list(rounds), more))
+
+    def find(self, part: str, case: str, who: str) -> Result | None:
+        """The result of this part, case and mechanism, if it was measured."""
+        return next((result for result in self.results if result[:3] == (part, case, who)), None)
+
+    def gain(self, result: Result, way: str = OURS) -> float | None:
+        """How many times better than this peer's result shmring's is: a higher rate, or less of something."""
+        ours = self.find(result.part, result.case, way)
+        if ours is None or result.who.startswith(OURS) or not ours.median or not result.median:
+            return None
+        return ours.median / result.median if result.unit.endswith("/s") else result.median / ours.median
+
+    def gain_cell(self, result: Result, way: str = OURS) -> str:
+        gain = self.gain(result, way)
+        return "" if gain is None else f"{digits(gain)}x"
+
+    def rounds(
+        self, case: str, ways: Mapping[str, Callable[[int], Run]], seconds: float, most: int = 1 << 40
+    ) -> dict[str, list[Run]]:
+        """Let each way have its turn in each round, with as many messages as it does in `seconds`.
+
+        Two rounds that do not count come first, a tiny and a short one, to find out how many that are.
+        """
+        counts = dict.fromkeys(ways, 100)
+        runs: dict[str, list[Run]] = {way: [] for way in ways}
+        for number in range(-1, self.scale.rounds + 1):
+            for way, measure in ways.items():
+                self.progress.show(case, f"round {max(number, 0)} of {self.scale.rounds}, {way}")
+                run = measure(counts[way])
+                aim = seconds if number >= 0 else seconds / 10
+                counts[way] = max(10, min(most, int(run.messages / run.seconds * aim)))
+                if number > 0:
+                    runs[way].append(run)
+        return runs
+
+
+def digits(number: float) -> str:
+    """Three significant digits, or more before the point."""
+    if number >= 99.95:
+        return f"{number:,.0f}"
+    return f"{number:.1f}" if number >= 9.995 else f"{number:.2f}" if number >= 0.0995 else f"{number:.2g}"
+
+
+def rate(number: float) -> str:
+    """So many a second."""
+    return f"{digits(number / 1e6)} M" if number >= 1e6 else f"{digits(number / 1e3)} k"
+
+
+def bytes_of(size: int) -> str:
+    """64 B, 32 KiB, 1 MiB."""
+    for unit, name in ((1 << 20, "MiB"), (1 << 10, "KiB")):
+        if size % unit == 0:
+            return f"{size // unit} {name}"
+    return f"{size} B"
+
+
+def figure(name: str, shown: Callable[[float], str] = digits) -> Columns:
+    """The columns of a median and its range."""
+
+    def spread(result: Result) -> str:
+        return f"{shown(min(result.rounds))}..{shown(max(result.rounds))}" if len(result.rounds) > 1 else "-"
+
+    return {name: lambda result: shown(result.median), "min..max": spread}
+
+
+def further(*names: str) -> Columns:
+    """Columns of what else is known."""
+    return {name: lambda result, name=name: digits(result.more[name]) for name in names}  # type: ignore[misc]
+
+
+def tail(samples: Iterable[Sequence[float]]) -> dict[str, float]:
+    """What all these samples together do not, or seldom, exceed; in microseconds."""
+    ordered = sorted(itertools.chain.from_iterable(samples))
+    return {name: ordered[math.ceil(share * len(ordered)) - 1] / 1e3 for name, share in TAIL.items()}
+
+
+# ---------------------------------------------------------------- the four parts
+
+
+def run_latency(bench: Bench, pair: Pair) -> None:
+    """How long one message takes."""
+    bench.say(
+        "LATENCY, one way, in microseconds: p50 of each round, their median and range; beyond it, of all rounds",
+        "together. Spinning, blocking: half of a round trip. Asleep: the reader gets a pause to fall asleep in",
+        f"before each message ({PAUSE * 1e3:g} ms), and the time is from before the sending to after the receiving.",
+    )
+    for mode, size in itertools.product(MODES, SMALL):
+        case = f"{bytes_of(size)}, {mode}"
+        labels = [kind.label for kind in KINDS if kind.spins or mode != "spinning"]
+        ways = {label: partial(pair.latency, label, size, mode) for label in labels}
+        runs = bench.rounds(case, ways, bench.scale.seconds, MOST_SAMPLES)
+        for label in labels:
+            samples = [run.samples for run in runs[label]]
+            more = tail(samples)
+            p50s = [tail([of_one])["p50"] for of_one in samples]
+            bench.note("latency", case, label, "us", p50s, **more, samples=sum(map(len, samples)), **about(label, size))
+        note = f"  shmring: rings of {bytes_of(CAPACITY[size])}"
+        if mode == "asleep":
+            found = sum(min(run.parks, run.messages) for run in runs[OURS])
+            note += f"; {found:,} of {sum(run.messages for run in runs[OURS]):,} messages found the reader asleep"
+        columns = {**figure("p50"), **further("p99", "p99.9", "max"), "gain": bench.gain_cell}
+        bench.show("latency", case, LABELS, columns, note)
+
+
+def about(label: str, size: int) -> dict[str, int]:
+    """What belongs to every result about messages of this size."""
+    return {"size": size, "capacity": CAPACITY[size], "batch": BATCH[size]} if label.startswith(OURS) else {"size": size}
+
+
+def run_throughput(bench: Bench, pair: Pair) -> None:
+    """How many messages pass in a second."""
+    bench.say(
+        "THROUGHPUT, one writer to one reader, in messages a second. Batched: write_many and read_many; iterated:",
+        "write, and `for message in ring`; all else is a call for each message. Gains: of shmring with a call",
+        "for each message, and batched, over the peer with a call for each.",
+    )
+    for size in SIZES:
+        case = bytes_of(size)
+        ways = [way for way in WAYS if way != ITERATED or size == SIZES[0]]
+        checked = max(4, min(bench.scale.checked, (1 << 23) // size))
+        for way in ways:
+            bench.progress.show(case, f"every byte, {way}")
+            pair.stream(size, way, checked, thorough=True)
+        runs = bench.rounds(case, {way: partial(pair.stream, size, way) for way in ways}, bench.scale.seconds)
+        for way in ways:
+            rates = [run.messages / run.seconds for run in runs[way]]
+            more = {"GB/s": statistics.median(rates) * size / 1e9, "checked": checked, **about(way, size)}
+            bench.note("throughput", case, way, "messages/s", rates, **more)
+        columns = {**figure("messages/s", rate), **further("GB/s"), "gain": bench.gain_cell}
+        columns["batched"] = lambda result: bench.gain_cell(result, BATCHED)
+        note = f"  shmring: a ring of {bytes_of(CAPACITY[size])}, batches of {BATCH[size]:,}; every byte checked of {checked:,}"
+        bench.show("throughput", case, ways, columns, note)
+
+
+def run_clients(bench: Bench, office: Office) -> None:
+    """Some clients ask one server, all at the same time."""
+    bench.say(
+        f"CLIENTS, {CLIENTS} of one server: each sends {REQUEST} B and waits for the same as a reply, over and over. Replies",
+        "a second, to all together; microseconds from request to reply. shmring: one ring for the requests of all, a",
+        f"ring each for replies, lanes of {bytes_of(CLIENT_CAPACITY)}. Gain: of the rate.",
+    )
+    case = f"{CLIENTS} clients"
+    bench.progress.show(case, "memory")
+    growth = office.connect_rings(bench.scale.checked)
+    runs = bench.rounds(case, {label: partial(office.talk, label) for label in LABELS}, bench.scale.clients_seconds)
+    for label in LABELS:
+        each = [of_client(talks) for talks in zip(*(run.talks for run in runs[label]))]
+        rates = [client["rate"] for client in each]
+        more: dict[str, Any] = tail(talk.samples for run in runs[label] for talk in run.talks)
+        more.update({"slowest/fastest": min(rates) / max(rates), "clients": each, "size": REQUEST})
+        more.update({"capacity": CLIENT_CAPACITY} if label == OURS else {})
+        bench.note("clients", case, label, "replies/s", [run.messages / run.seconds for run in runs[label]], **more)
+    columns = {**figure("replies/s", rate), **further("p50", "p99", "slowest/fastest"), "gain": bench.gain_cell}
+    bench.show("clients", case, LABELS, columns)
+    show_each_client(bench, case)
+    bench.note("clients", "memory", OURS, "B/client", [growth["beyond the lanes"]], **growth)
+    rows = [[f"  {what}", digits(size / 1e3)] for what, size in growth.items()]
+    bench.table(["memory for each client, shmring", "KB of 1,000"], rows, "  files: st_blocks; a process's own: growth of its PSS")
+
+
+def of_client(talks: Sequence[Talk]) -> dict[str, float]:
+    """One client's figures, of all rounds together."""
+    more = tail(talk.samples for talk in talks)
+    seconds = sum(talk.end - talk.start for talk in talks) / 1e9
+    return {"p50": more["p50"], "p99": more["p99"], "rate": sum(len(talk.samples) for talk in talks) / seconds}
+
+
+def show_each_client(bench: Bench, case: str) -> None:
+    results = [result for result in bench.results if result[:2] == ("clients", case)]
+    rows = [
+        [f"  client {client + 1}", *(f"{digits(each['p50'])} {digits(each['p99'])}" for each in of_all)]
+        for client, of_all in enumerate(zip(*(result.more["clients"] for result in results)))
+    ]
+    bench.table(["p50 and p99 of each", *(result.who.replace("multiprocessing", "mp") for result in results)], rows)
+
+
+def run_cpu(bench: Bench, pair: Pair, fleet: Fleet, channels: contextlib.ExitStack) -> None:
+    """What a message costs, and what waiting costs."""
+    bench.say("CPU, user and system time: of both processes for a stream, of a reader without a message")
+    size = SIZES[0]
+    case = f"{bytes_of(size)}, seconds per million"
+    ways = [way for way in WAYS if way != ITERATED]
+    runs = bench.rounds(case, {way: partial(pair.stream_and_cpu, size, way) for way in ways}, bench.scale.seconds)
+    for way in ways:
+        costs = [run.cpu / run.messages * 1e6 for run in runs[way]]
+        bench.note("cpu", case, way, "s/million", costs, **about(way, size))
+    bench.show("cpu", case, ways, {**figure("CPU"), "gain": bench.gain_cell})
+    seconds = bench.scale.idle
+    case = "2 idle seconds, milliseconds" + (f" (from {seconds:g} s)" if seconds != 2 else "")
+    bench.progress.show(case)
+    links = {label: (make(label, channels, {size: CAPACITY[size]}), None) for label in LABELS}
+    idlers = [(fleet.hire({label: links[label]}), idle, label) for label in LABELS]
+    used = fleet.run(*idlers, (fleet.hire(links), wake, seconds))
+    for label, cpu in zip(LABELS, used):
+        bench.note("cpu", case, label, "ms", [cpu * 1e3 * 2 / seconds], seconds=seconds, **about(label, size))
+    bench.show("cpu", case, LABELS, figure("CPU"))
+
+
+class Goal(NamedTuple):
+    """What shmring is to reach: at least, or (`less`) under, `asked`."""
+
+    what: str
+    measured: float
+    unit: str
+    asked: float
+    less: bool
+
+    @property
+    def met(self) -> bool:
+        return self.measured < self.asked if self.less else self.measured >= self.asked
+
+
+def goals(bench: Bench) -> list[Goal]:
+    """Those of which the figures were measured."""
+    found = []
+    for mode, asked in (("blocking", 10), ("spinning", 1.6)):
+        latency = bench.find("latency", f"64 B, {mode}", OURS)
+        if latency:
+            found.append(Goal(f"latency, 64 B, {mode}, p50", latency.median, "us", asked, True))
+    for case, way, asked in (("64 B", OURS, 1), ("64 B", BATCHED, 6), ("64 KiB", OURS, 5)):
+        pipe = bench.find("throughput", case, "os.pipe")
+        if pipe:
+            what = f"{case}, {'batched' if way == BATCHED else 'a call each'}, to os.pipe"
+            found.append(Goal(what, bench.gain(pipe, way) or 0, "x", asked, False))
+    memory = bench.find("clients", "memory", OURS)
+    if memory:
+        found.append(Goal("a client's memory beyond the lanes", memory.median / 1e3, "KB", 38, True))
+    return found
+
+
+def show_goals(bench: Bench) -> None:
+    rows = [
+        [f"  {goal.what}", f"{digits(goal.measured)} {goal.unit}", f"{'under' if goal.less else 'at least'} {goal.asked:g}",
+         "met" if goal.met else "not met here"]
+        for goal in goals(bench)
+    ]  # fmt: skip
+    if rows:
+        bench.table(["GOALS", "measured", "asked", ""], rows)
+
+
+# ---------------------------------------------------------------- the environment, JSON and the picture
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on."""
+    with Ring.create(f"bench-{os.getpid()}-backend", 1, writers=1) as ring:
+        ring.write(b"")  # only then it is known what the kernel grants
+        backend = ring.backend
+    return {
+        "shmring": __version__,
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "gil": "on" if getattr(sys, "_is_gil_enabled", lambda: True)() else "off",
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "backend": backend,
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
+
+
+def cpu_model() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown CPU"
+
+
+def describe(env: dict[str, Any]) -> list[str]:
+    """The environment in two lines."""
+    return [
+        f"shmring {env['shmring']} ({env['backend']}); {env['python']}, GIL {env['gil']}",
+        f"{env['system']}; {env['cpu']}, cores: {env['cores']}; {env['date']}",
+    ]
+
+
+def as_json(bench: Bench, env: dict[str, Any]) -> str:
+    """Everything that was measured."""
+    results = []
+    for result in bench.results:
+        summary = {"median": result.median, "min": min(result.rounds), "max": max(result.rounds)}
+        results.append({**result._asdict(), **summary, "gain": bench.gain(result)})
+    reached = [{**goal._asdict(), "met": goal.met} for goal in goals(bench)]
+    return json.dumps({"environment": env, "scale": bench.scale._asdict(), "results": results, "goals": reached}, indent=1)
+
+
+PALETTE: Final = ("#d1480a", "#f0a070", "#f7cbb0", "#8a6fb0", "#4c86c6", "#3f9e8f", "#8c8c8c")
+WIDTH, LEFT, RIGHT, BAR = 900, 130, 730, 15  # the picture's width, where bars begin and end at most, a bar's height
+
+
+def as_svg(bench: Bench, env: dict[str, Any]) -> str:
+    """One picture of latency and throughput. It brings its own background, so that it can lie on any."""
+    body: list[str] = []
+    bottom = draw_panel(
+        body, 124, [result for result in bench.results if result.part == "latency"],
+        "Latency of one message, one way: median in microseconds (log scale; shorter is better)", "",
+    )  # fmt: skip
+    bottom = draw_panel(
+        body, bottom, [result for result in bench.results if result.part == "throughput"],
+        "Throughput, one writer to one reader: messages per second (log scale; longer is better)", "/s",
+    )  # fmt: skip
+    head = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom}" width="{WIDTH}" height="{bottom}" '
+        'font-family="system-ui, sans-serif" font-size="12" fill="#222222">',
+        "<title>shmring beside what the standard library has</title>",
+        f'<rect width="{WIDTH}" height="{bottom}" rx="8" fill="#ffffff"/>',
+        words(20, 32, "shmring: messages between two Python processes", 'font-size="18" font-weight="bold"'),
+        *(words(20, 54 + 17 * row, line, 'fill="#555555"') for row, line in enumerate(describe(env))),
+    ]
+    drawn, x = {result.who for result in bench.results}, 20.0
+    for color, who in zip(PALETTE, WAYS):
+        if who in drawn:
+            head += f'<rect x="{x:.0f}" y="88" width="11" height="11" fill="{color}"/>', words(x + 16, 98, who)
+            x += 32 + 6.4 * len(who)
+    return "\n".join([*head, *body, "</svg>", ""])
+
+
+def words(x: float, y: float, text: str, more: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" {more}>{html.escape(text)}</text>'
+
+
+def draw_panel(body: list[str], top: int, results: list[Result], title: str, unit: str) -> int:
+    """Add a title, a scale, and a group of bars for each case; returns where it ends."""
+    if not results:
+        return top
+    medians = [result.median for result in results]
+    low = math.floor(math.log10(min(medians)) - 0.1)  # the decades of the scale
+    high = math.ceil(math.log10(max(medians)))
+    place = {decade: LEFT + (RIGHT - LEFT) * (decade - low) / (high - low) for decade in range(low, high + 1)}
+    y, bars = top + 42, []
+    for case, group in itertools.groupby(results, key=lambda result: result.case):
+        bars.append(words(LEFT - 8, y + BAR - 4, case, 'text-anchor="end" font-weight="bold"'))
+        for result in group:
+            end = LEFT + (RIGHT - LEFT) * (math.log10(result.median) - low) / (high - low)
+            color = PALETTE[WAYS.index(result.who)]
+            bars.append(f'<rect x="{LEFT}" y="{y}" width="{end - LEFT:.1f}" height="{BAR - 2}" fill="{color}"/>')
+            value = f"{rate(result.median)}{unit}, {digits(result.more['GB/s'])} GB/s" if unit else digits(result.median)
+            bars.append(words(end + 5, y + BAR - 4, value, 'font-size="11"'))
+            y += BAR
+        y += 10
+    body.append(words(20, top + 14, title, 'font-weight="bold"'))
+    for decade, x in place.items():
+        body.append(f'<line x1="{x:.1f}" y1="{top + 38}" x2="{x:.1f}" y2="{y - 8}" stroke="#dddddd"/>')
+        label = rate(10.0**decade).replace(".00", "").replace(".0", "") if unit else f"{10.0**decade:g}"
+        body.append(words(x, top + 34, label, 'text-anchor="middle" font-size="11" fill="#555555"'))
+    body += bars
+    return y + 14
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__package__}.bench",
+        description="Measure shmring beside multiprocessing.Queue, multiprocessing.Pipe, a Unix socket and os.pipe. "
+        "Exit code 1: a message was wrong or lost, or a process failed.",
+    )
+    scale = parser.add_mutually_exclusive_group()
+    scale.set_defaults(scale=NORMAL)
+    more = {"dest": "scale", "action": "store_const"}
+    scale.add_argument("--quick", **more, const=QUICK, help="take some 10 seconds instead of 60, for rough figures")  # type: ignore[arg-type]
+    scale.add_argument("--smoke", **more, const=SMOKE, help=argparse.SUPPRESS)  # type: ignore[arg-type]
+    only = f"measure only some of: {', '.join(PARTS)}"
+    parser.add_argument("--only", type=parts, default=PARTS, metavar="PART,...", help=only)
+    parser.add_argument("--repeat", type=positive, metavar="N", help="rounds, of which the medians are printed")
+    parser.add_argument("--json", type=target, metavar="FILE", help="write everything as JSON; - is stdout")
+    parser.add_argument("--svg", type=target, metavar="FILE", help="draw latency and throughput; - is stdout")
+    options = parser.parse_args(arguments)
+    if options.json == options.svg == "-":
+        parser.error("--json and --svg cannot both go to stdout")
+    if options.svg and not {"latency", "throughput"} & set(options.only):
+        parser.error("--svg draws latency and throughput; --only leaves out both")
+    if options.repeat:
+        options.scale = options.scale._replace(rounds=options.repeat)
+    return options
+
+
+def parts(text: str) -> list[str]:
+    """An argument of --only."""
+    chosen = [word.strip() for word in text.split(",")]
+    for word in chosen:
+        if word not in PARTS:
+            raise argparse.ArgumentTypeError(f"there is no part {word!r}; choose from {', '.join(PARTS)}")
+    return chosen
+
+
+def positive(text: str) -> int:
+    """An argument of --repeat."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a number from 1 on, not {text!r}")
+    return int(text)
+
+
+def target(path: str) -> str:
+    """A file to write to; better to know now that it cannot be than after a minute."""
+    if path != "-" and (os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK)):
+        raise argparse.ArgumentTypeError(f"cannot write to {path!r}")
+    return path
+
+
+def measure(bench: Bench, only: Sequence[str]) -> None:
+    """Measure these parts. Whatever happens: first the processes end, then the channels go."""
+    if set(only) - {"clients"}:
+        with contextlib.ExitStack() as channels, Fleet() as fleet:
+            pair = Pair(fleet, channels)
+            if "latency" in only:
+                run_latency(bench, pair)
+            if "throughput" in only:
+                run_throughput(bench, pair)
+            if "cpu" in only:
+                run_cpu(bench, pair, fleet, channels)
+    if "clients" in only:
+        with contextlib.ExitStack() as channels, Fleet() as fleet:
+            bench.progress.show("clients", "starting them")
+            run_clients(bench, Office(fleet, channels))
+    show_goals(bench)
+
+
+def write(path: str, content: str) -> None:
+    """Write an output file, or to stdout."""
+    if path == "-":
+        print(content)
+        return
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(content)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, and return the exit code."""
+    options = parse(arguments)
+    bench = Bench(options.scale, sys.stderr if "-" in (options.json, options.svg) else sys.stdout)
+    try:
+        env = environment()
+        bench.say(*describe(env))
+        measure(bench, options.only)
+    except KeyboardInterrupt:
+        bench.progress.clear()
+        return 130
+    except (BenchError, OSError, EOFError) as error:
+        bench.progress.clear()
+        print(f"failed at {bench.progress.doing}: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        write(options.json, as_json(bench, env))
+    if options.svg:
+        write(options.svg, as_svg(bench, env))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
