@@ -118,6 +118,11 @@ def describe() -> str:
     return "linux: futex, OFD locks, membarrier"
 
 
+def processors() -> int:
+    """How many this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
 def _lock(fd: int, kind: int, byte: int) -> bool:
     """fcntl(2), F_OFD_SETLK: lock or unlock one byte for this open file description, without waiting."""
     try:
@@ -193,7 +198,7 @@ class Segment:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.layout: Layout
+        self.layout: Layout  # before the first descriptor: `close` asks it whether the name is to stay
         self.map: mmap.mmap
         self.words: memoryview
         self.bells: memoryview
@@ -206,6 +211,7 @@ class Segment:
     def create(cls, name: str, layout: Layout, mode: int, replace: bool) -> Segment:
         """Make the ring's file and give it its name."""
         self = cls(name)
+        self.layout = layout
         try:
             directory = os.open(DIRECTORY, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
@@ -221,7 +227,7 @@ class Segment:
             self._open_locks(fd)
             os.fchmod(fd, mode)
             _lock(self._locks, fcntl.F_RDLCK, _layout.PRESENCE)
-            self._attach(fd, layout)
+            self._attach(fd)
             header = _layout.pack_header(layout, MACHINE)
             self.map[8 : len(header)] = header[8:]
             self.map[0:8] = header[:8]
@@ -252,7 +258,7 @@ class Segment:
                 what = f"the ring belongs to user {status.st_uid}; pass any_owner=True to trust that user"
                 raise PermissionError(errno.EPERM, what, name)
             header = os.pread(fd, _layout.HEADER_BYTES, 0)
-            layout = _layout.parse_header(header, status.st_size, MACHINE, name)
+            self.layout = layout = _layout.parse_header(header, status.st_size, MACHINE, name)
             self._open_locks(fd)
             # Somebody who has the ring open shows as a shared lock. An exclusive one is a remover at
             # work; none at all is what a crash of everybody left behind, unless the ring is kept.
@@ -261,7 +267,7 @@ class Segment:
                 raise FileNotFoundError(errno.ENOENT, "there is no ring of this name that anybody has open", name)
             if not _lock(self._locks, fcntl.F_RDLCK, _layout.PRESENCE) or not _leads_to(_path(name), fd):
                 raise FileNotFoundError(errno.ENOENT, "the ring of this name was just removed", name)
-            self._attach(fd, layout)
+            self._attach(fd)
         except BaseException:
             self.close(keep=True)
             raise
@@ -275,12 +281,11 @@ class Segment:
         self._identity = status.st_dev, status.st_ino
         self._locks = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
 
-    def _attach(self, fd: int, layout: Layout) -> None:
-        self.layout = layout
+    def _attach(self, fd: int) -> None:
         try:
-            self.map = mmap.mmap(fd, layout.segment_bytes)
+            self.map = mmap.mmap(fd, self.layout.segment_bytes)
         except OSError as error:
-            what = f"cannot map the ring's {layout.segment_bytes:,} bytes: {error.strerror}"
+            what = f"cannot map the ring's {self.layout.segment_bytes:,} bytes: {error.strerror}"
             raise OSError(error.errno, what, self.name) from error
         self.words = memoryview(self.map).cast("Q")
         self.bells = memoryview(self.map).cast("I")
@@ -367,11 +372,16 @@ class Segment:
         """
         fd = self._locks
         if self._own(fd):
-            if not (keep or self.layout.keep) and _lock(fd, fcntl.F_WRLCK, _layout.PRESENCE):
+            keep = keep or self.layout.keep
+            if not keep and _lock(fd, fcntl.F_WRLCK, _layout.PRESENCE):
                 _remove(self.name, fd)
             _lock(fd, fcntl.F_UNLCK, _layout.PRESENCE)
             self._locks = -1
             os.close(fd)
+
+    def __del__(self) -> None:
+        # A handle that an exception kept from ever reaching its caller; all others are closed by now.
+        self.close()
 
     def before_fork(self) -> None:
         """Open the child's own description, and be present for it before the parent can go away."""

@@ -38,6 +38,13 @@ class Raised:
         return error
 
 
+def unwrap(answer: Any) -> Any:
+    """An answer of a monitor, or the exception in it."""
+    if type(answer) is Raised:
+        raise answer.take()
+    return answer
+
+
 class _Locked:
     """A generator where there is no GIL to keep a second thread out."""
 

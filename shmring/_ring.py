@@ -11,14 +11,15 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, overload
 
 from . import _layout
 from ._backend import Segment, os_backend
 from ._errors import MessageTooLarge, RingClosed, RingError, RingTimeout
-from ._words import PACKED, GiveBack, Parking, ReadBatch, Reader, ReadInto, WriteBatch, Writer, unwrap
+from ._monitor import Monitor, Raised, unwrap
+from ._words import PACKED, GiveBack, Parking, ReadBatch, Reader, ReadInto, WriteBatch, Writer
 
 if TYPE_CHECKING:
     if sys.version_info >= (3, 12):
@@ -74,7 +75,7 @@ class Ring:
         self._any_owner = any_owner
         self._spin_given = spin
         if spin is None:
-            spin = SPIN if len(os.sched_getaffinity(0)) > 1 else 0.0
+            spin = SPIN if os_backend.processors() > 1 else 0.0
         self._spin = spin
         self._take_up()
         self._closed = False
@@ -84,6 +85,7 @@ class Ring:
         """Begin with no role; also in a forked child, where the parent's states must not be used."""
         self._writer = Writer(self._segment)
         self._reader = Reader(self._segment)
+        self._closing = Monitor(_closing(self._writer, self._reader, self._segment))
         self._send = self._writer.monitor.steps.send
         self._messages = self._reader.monitor.steps
 
@@ -374,21 +376,9 @@ class Ring:
         It ends quietly when this handle is closed, and after `timeout` seconds without a message (None:
         never). Leaving the loop loses nothing.
         """
-        steps = self._messages
         while True:
             try:
-                for message in steps:
-                    if type(message) is not bytes:
-                        break
-                    yield message
-                else:
-                    return
-            except ValueError:
-                message = None
-            if steps is not self._messages:  # we are in a forked child
-                steps, message = self._messages, None
-            try:
-                message = self._read_when_there(None, _deadline(timeout), message)
+                message = self.read(timeout=timeout)
             except (RingClosed, RingTimeout):
                 return
             yield message
@@ -453,13 +443,10 @@ class Ring:
 
         Threads that wait in this handle get RingClosed. Closing again does nothing.
         """
-        if self._closed:
-            return
-        self._writer.close()
-        self._reader.close()
-        self._segment.close()
-        self._closed = True
-        _open_rings.pop(id(self), None)
+        if not self._closed:
+            unwrap(self._closing.enter(None))
+            self._closed = True
+            _open_rings.pop(id(self), None)
 
     def unlink(self) -> None:
         """Remove the ring's name, if it still leads to this very ring. Open handles stay as they are.
@@ -558,6 +545,22 @@ class Ring:
             writer_parks=sum(column(lanes, _layout.WRITER_PARKS)),
             reader_parks=words[(layout.readers_offset + _layout.READER_PARKS) >> 3],
         )
+
+
+def _closing(writer: Writer, reader: Reader, segment: Segment) -> Generator[Any, Any, None]:
+    """The end of a handle, as a monitor: one thread at a time, and all of it again after an exception."""
+    answer = None
+    while True:
+        try:
+            yield answer
+            answer = None
+            writer.close()
+            reader.close()
+            segment.close()
+        except GeneratorExit:
+            return
+        except BaseException as error:
+            answer = Raised(error)
 
 
 def unlink(name: str) -> None:

@@ -62,7 +62,7 @@ from typing import Any, Final, NamedTuple, Optional, Protocol
 from . import _layout
 from ._errors import BufferTooSmall, MessageTooLarge, RingBusy, RingCorrupted
 from ._layout import PADDING, RECORD_HEADER, Layout, place, record_bytes
-from ._monitor import Monitor, Raised
+from ._monitor import Monitor, Raised, unwrap
 
 PACKED: Final = 1024  # bytes; messages up to this go in by struct, one call for length and payload
 JOINED: Final = 16384  # bytes; longer ones are not worth joining, which copies them once more
@@ -253,13 +253,6 @@ class Parking:
         """Wake this handle's threads, and never write the words again."""
         self._monitor.close()
         self._segment.ring(self._bell)
-
-
-def unwrap(answer: Any) -> Any:
-    """An answer of a monitor, or the exception in it."""
-    if type(answer) is Raised:
-        raise answer.take()
-    return answer
 
 
 # ---------------------------------------------------------------- writing

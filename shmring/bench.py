@@ -52,7 +52,6 @@ WHOLE: Final = 1024  # bytes; messages up to this are compared whole, also while
 BATCH: Final = {64: 1024, 1024: 256, 1 << 16: 4, 1 << 20: 2}  # different messages that go round; one write_many
 CAPACITY: Final = {64: 1 << 20, 1024: 1 << 20, 1 << 16: (1 << 19) + 4096, 1 << 20: (1 << 21) + 4096}  # bytes of a lane
 CLIENTS: Final = 10
-NUMBERS: Final = range(CLIENTS)
 CLIENT_CAPACITY: Final = 1 << 15  # bytes of a lane for requests, and of one for replies
 REQUEST: Final = 64  # bytes
 PAUSE: Final = 0.0005  # seconds in which a reader falls asleep, between two messages
@@ -463,7 +462,7 @@ def pong(label: str, size: int, mode: str, count: int) -> None:
             complain(message, expected)
 
 
-def call(label: str, size: int, count: int) -> None:
+def call(label: str, size: int, mode: str, count: int) -> None:
     """Send messages with pauses in which the reader falls asleep, each with the time of its sending."""
     send, rest = _channels[label][0].sender(size), pattern(0, size)[16:]
     for number in range(count):
@@ -471,7 +470,7 @@ def call(label: str, size: int, count: int) -> None:
         send(_STAMPED.pack(number, clock()) + rest)
 
 
-def listen(label: str, size: int, count: int) -> array[int]:
+def listen(label: str, size: int, mode: str, count: int) -> array[int]:
     """Receive what `call` sends; the nanoseconds that each message took."""
     receive, rest = _channels[label][0].receiver(size), pattern(0, size)[16:]
     samples = array("q")
@@ -617,7 +616,7 @@ class Fleet:
         ends = {worker.process.sentinel: worker.process for worker in self._workers}
         deadline = time.monotonic() + LIMIT
         while waiting:
-            ready = connection.wait([*waiting, *ends], max(0.0, deadline - time.monotonic()))
+            ready: list[Any] = connection.wait([*waiting, *ends], max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise BenchError(f"no end after {LIMIT:g} seconds; was a message lost?")
             for control in ready:
@@ -625,7 +624,7 @@ class Fleet:
                     ends[control].join()
                     raise BenchError(f"a measured process died, exit code {ends[control].exitcode}")
                 waiting.remove(control)
-                fine, answers[control] = control.recv()  # type: ignore[union-attr]
+                fine, answers[control] = control.recv()
                 if not fine:
                     raise BenchError(answers[control])
         return [answers[worker.control] for worker, *_ in jobs]
@@ -681,10 +680,10 @@ class Pair:
         """One-way times of some `messages`."""
         stats, start = self._rings[size].stats, clock()
         parks = stats().reader_parks
+        job = label, size, mode, messages
         if mode == "asleep":
-            samples, _ = self._run((self._right, listen, label, size, messages), (self._left, call, label, size, messages))
+            samples, _ = self._run((self._right, listen, *job), (self._left, call, *job))
         else:
-            job = label, size, mode, messages
             _, trips = self._run((self._right, pong, *job), (self._left, ping, *job))
             samples = [trip / 2 for trip in trips]
         return Run(messages, (clock() - start) / 1e9, samples=samples, parks=stats().reader_parks - parks)
@@ -698,14 +697,16 @@ class Office:
         self._channels = channels
         links = {label: self._links(label) for label in PEERS}
         self._server = fleet.hire(links)
-        self._clients = [fleet.hire({label: self._of(client, link) for label, link in links.items()}) for client in NUMBERS]
+        self._clients = [
+            fleet.hire({label: self._of(client, link) for label, link in links.items()}) for client in range(CLIENTS)
+        ]
 
     def _links(self, label: str) -> tuple[list[Any], list[Any]]:
         """Channels for requests, one for all or one each, as the mechanism needs; and one each for replies."""
         size = {REQUEST: CLIENT_CAPACITY}
         many = 1 if KINDS[LABELS.index(label)].shared else CLIENTS
         requests = [make(label, self._channels, size, CLIENTS) for _ in range(many)]
-        return requests, [make(label, self._channels, size) for _ in NUMBERS]
+        return requests, [make(label, self._channels, size) for _ in range(CLIENTS)]
 
     def _of(self, client: int, link: tuple[list[Any], list[Any]]) -> tuple[Any, Any]:
         """The ends that one client needs."""
@@ -853,7 +854,7 @@ class Bench:
 
         Two rounds that do not count come first, a tiny and a short one, to find out how many that are.
         """
-        counts = dict.fromkeys(ways, 100)
+        counts = dict.fromkeys(ways, min(100, self.scale.checked))
         runs: dict[str, list[Run]] = {way: [] for way in ways}
         for number in range(-1, self.scale.rounds + 1):
             for way, measure in ways.items():
@@ -923,9 +924,9 @@ def run_latency(bench: Bench, pair: Pair) -> None:
         runs = bench.rounds(case, ways, bench.scale.seconds, MOST_SAMPLES)
         for label in labels:
             samples = [run.samples for run in runs[label]]
-            more = tail(samples)
             p50s = [tail([of_one])["p50"] for of_one in samples]
-            bench.note("latency", case, label, "us", p50s, **more, samples=sum(map(len, samples)), **about(label, size))
+            more = {**tail(samples), "samples": sum(map(len, samples)), **about(label, size)}
+            bench.note("latency", case, label, "us", p50s, **more)
         note = f"  shmring: rings of {bytes_of(CAPACITY[size])}"
         if mode == "asleep":
             found = sum(min(run.parks, run.messages) for run in runs[OURS])
@@ -960,16 +961,16 @@ def run_throughput(bench: Bench, pair: Pair) -> None:
             bench.note("throughput", case, way, "messages/s", rates, **more)
         columns = {**figure("messages/s", rate), **further("GB/s"), "gain": bench.gain_cell}
         columns["batched"] = lambda result: bench.gain_cell(result, BATCHED)
-        note = f"  shmring: a ring of {bytes_of(CAPACITY[size])}, batches of {BATCH[size]:,}; every byte checked of {checked:,}"
-        bench.show("throughput", case, ways, columns, note)
+        note = f"  shmring: a ring of {bytes_of(CAPACITY[size])}, batches of {BATCH[size]:,}"
+        bench.show("throughput", case, ways, columns, f"{note}; of each, every byte of {checked:,} messages checked")
 
 
 def run_clients(bench: Bench, office: Office) -> None:
     """Some clients ask one server, all at the same time."""
     bench.say(
-        f"CLIENTS, {CLIENTS} of one server: each sends {REQUEST} B and waits for the same as a reply, over and over. Replies",
-        "a second, to all together; microseconds from request to reply. shmring: one ring for the requests of all, a",
-        f"ring each for replies, lanes of {bytes_of(CLIENT_CAPACITY)}. Gain: of the rate.",
+        f"CLIENTS, {CLIENTS} of one server: each sends {REQUEST} B and waits for the same as a reply, over and over.",
+        "Replies a second, to all together; microseconds from request to reply. shmring: one ring for all",
+        f"requests, a ring each for replies, lanes of {bytes_of(CLIENT_CAPACITY)}. Gain: of the rate.",
     )
     case = f"{CLIENTS} clients"
     bench.progress.show(case, "memory")
@@ -987,7 +988,7 @@ def run_clients(bench: Bench, office: Office) -> None:
     show_each_client(bench, case)
     bench.note("clients", "memory", OURS, "B/client", [growth["beyond the lanes"]], **growth)
     rows = [[f"  {what}", digits(size / 1e3)] for what, size in growth.items()]
-    bench.table(["memory for each client, shmring", "KB of 1,000"], rows, "  files: st_blocks; a process's own: growth of its PSS")
+    bench.table(["memory for each client, shmring", "KB of 1,000"], rows, "  files: st_blocks; own: growth of the PSS")
 
 
 def of_client(talks: Sequence[Talk]) -> dict[str, float]:
@@ -1062,10 +1063,14 @@ def goals(bench: Bench) -> list[Goal]:
 
 def show_goals(bench: Bench) -> None:
     rows = [
-        [f"  {goal.what}", f"{digits(goal.measured)} {goal.unit}", f"{'under' if goal.less else 'at least'} {goal.asked:g}",
-         "met" if goal.met else "not met here"]
+        [
+            f"  {goal.what}",
+            f"{digits(goal.measured)} {goal.unit}",
+            f"{'under' if goal.less else 'at least'} {goal.asked:g}",
+            "met" if goal.met else "not met here",
+        ]
         for goal in goals(bench)
-    ]  # fmt: skip
+    ]
     if rows:
         bench.table(["GOALS", "measured", "asked", ""], rows)
 
@@ -1113,7 +1118,8 @@ def as_json(bench: Bench, env: dict[str, Any]) -> str:
         summary = {"median": result.median, "min": min(result.rounds), "max": max(result.rounds)}
         results.append({**result._asdict(), **summary, "gain": bench.gain(result)})
     reached = [{**goal._asdict(), "met": goal.met} for goal in goals(bench)]
-    return json.dumps({"environment": env, "scale": bench.scale._asdict(), "results": results, "goals": reached}, indent=1)
+    everything = {"environment": env, "scale": bench.scale._asdict(), "results": results, "goals": reached}
+    return json.dumps(everything, indent=1)
 
 
 PALETTE: Final = ("#d1480a", "#f0a070", "#f7cbb0", "#8a6fb0", "#4c86c6", "#3f9e8f", "#8c8c8c")
@@ -1190,9 +1196,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     scale = parser.add_mutually_exclusive_group()
     scale.set_defaults(scale=NORMAL)
-    more = {"dest": "scale", "action": "store_const"}
-    scale.add_argument("--quick", **more, const=QUICK, help="take some 10 seconds instead of 60, for rough figures")  # type: ignore[arg-type]
-    scale.add_argument("--smoke", **more, const=SMOKE, help=argparse.SUPPRESS)  # type: ignore[arg-type]
+    rough = "take some 10 seconds instead of 60, for rough figures"
+    scale.add_argument("--quick", dest="scale", action="store_const", const=QUICK, help=rough)
+    scale.add_argument("--smoke", dest="scale", action="store_const", const=SMOKE, help=argparse.SUPPRESS)
     only = f"measure only some of: {', '.join(PARTS)}"
     parser.add_argument("--only", type=parts, default=PARTS, metavar="PART,...", help=only)
     parser.add_argument("--repeat", type=positive, metavar="N", help="rounds, of which the medians are printed")
