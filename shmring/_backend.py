@@ -42,17 +42,11 @@ class Segment(_words.Segment, Protocol):
     def unlink(self) -> None:
         """Remove the name if it still is this ring's."""
 
+    def leave(self) -> None:
+        """Be present no more, and remove the name if nobody else is; the roles stay."""
+
     def close(self, keep: bool = False) -> None:
-        """Give up everything but the memory, and remove the name if nobody else is there."""
-
-    def before_fork(self) -> None:
-        """Be present for the child before the parent can go away."""
-
-    def after_fork_in_parent(self) -> None:
-        """Leave to the child what is the child's."""
-
-    def after_fork_in_child(self) -> None:
-        """Drop every claim of the parent's; the child is present on its own."""
+        """Leave, and give up everything but the memory; with `keep` the name stays."""
 
 
 __all__ = ["Segment", "os_backend"]

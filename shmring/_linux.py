@@ -22,6 +22,7 @@ import stat
 import struct
 import threading
 import time
+import weakref
 from ctypes import CDLL, PyDLL, Structure, addressof, byref, c_char, c_int, c_long, c_void_p, get_errno
 from typing import Final
 
@@ -37,6 +38,7 @@ if sys.maxsize <= 2**32 or MACHINE not in ("x86_64", "aarch64"):
 
 DIRECTORY = "/dev/shm"
 PREFIX: Final = "shmring."
+REMOVER_TRIES: Final = 1000  # milliseconds that `create` gives another process to finish removing the name
 SLICE: float | None = 1.0  # seconds that the main thread sleeps at most before it looks for signals
 
 # <asm/unistd_64.h> of x86-64, <asm-generic/unistd.h> of aarch64
@@ -81,7 +83,7 @@ _MEMBARRIER = c_long(SYS_membarrier)
 _EXPEDITE = c_int(MEMBARRIER_CMD_GLOBAL_EXPEDITED)
 _REGISTER = c_int(MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED)
 
-ORDER: Final[Fence] = None if MACHINE == "x86_64" else make_fence(tso=False)
+TSO: Final = MACHINE == "x86_64"  # stores stay in order, and loads
 
 
 class _Membarrier:
@@ -89,7 +91,8 @@ class _Membarrier:
 
     def __init__(self) -> None:
         self.registered: bool | None = None
-        self.failed = ""
+        self.unregistered = ""  # why not
+        self.unreached = ""  # why others cannot be made to fence
 
     def register(self) -> bool:
         """Have this process pass a full barrier whenever a sleeper asks for one. Inherited by fork."""
@@ -97,14 +100,14 @@ class _Membarrier:
             # int membarrier(int cmd, unsigned int flags, int cpu_id); since Linux 4.16
             self.registered = _waiting(_MEMBARRIER, _REGISTER, c_int(0), c_int(0)) == 0
             if not self.registered:
-                self.failed = errno.errorcode.get(get_errno(), str(get_errno()))
+                self.unregistered = errno.errorcode.get(get_errno(), str(get_errno()))
         return self.registered
 
     def expedite(self) -> bool:
         """Pass a full barrier, here and in every registered process. False: only here, if at all."""
         if _quick(_MEMBARRIER, _EXPEDITE, c_int(0), c_int(0)) == 0:
             return True
-        self.failed = errno.errorcode.get(get_errno(), str(get_errno()))
+        self.unreached = errno.errorcode.get(get_errno(), str(get_errno()))
         return False
 
 
@@ -113,9 +116,12 @@ _membarrier = _Membarrier()
 
 def describe() -> str:
     """What `Ring.backend` says."""
-    if _membarrier.failed:
-        return f"linux: futex, OFD locks; no membarrier ({_membarrier.failed}): sleepers look again every millisecond"
-    return "linux: futex, OFD locks, membarrier"
+    slower = []
+    if _membarrier.unregistered:
+        slower.append(f"no membarrier ({_membarrier.unregistered}): a fence with every message")
+    if _membarrier.unreached:
+        slower.append(f"no membarrier ({_membarrier.unreached}): sleepers look again every millisecond")
+    return "; ".join(["linux: futex, OFD locks", *slower] if slower else ["linux: futex, OFD locks, membarrier"])
 
 
 def processors() -> int:
@@ -196,16 +202,20 @@ def unlink(name: str) -> None:
 class Segment:
     """The shared memory of one handle, and its locks. See `_backend.Segment` for what it promises."""
 
+    _locks = -1  # the descriptor that carries our locks; here for `__del__` of one that was never finished
+
     def __init__(self, name: str) -> None:
         self.name = name
         self.layout: Layout  # before the first descriptor: `close` asks it whether the name is to stay
         self.map: mmap.mmap
         self.words: memoryview
         self.bells: memoryview
-        self.order: Fence = ORDER
-        self._locks = -1  # the descriptor that carries our locks
+        self.tso = TSO
+        self._whole = False  # is `create` or `open` done?
         self._identity: tuple[int, int] | None = None  # of the file, in case somebody closed our descriptors
-        self._child = -1  # the same for a child that is being forked
+        self._children: dict[int, int] = {}  # by forking thread: the same descriptor for its child
+        key = id(self)
+        _segments[key] = weakref.ref(self, lambda _: _segments.pop(key, None))
 
     @classmethod
     def create(cls, name: str, layout: Layout, mode: int, replace: bool) -> Segment:
@@ -231,15 +241,19 @@ class Segment:
             header = _layout.pack_header(layout, MACHINE)
             self.map[8 : len(header)] = header[8:]
             self.map[0:8] = header[:8]
-            while True:
+            for _ in range(REMOVER_TRIES):
                 try:
                     # linkat(2) follows the link in /proc only if it is given a directory.
                     file = f"/proc/self/fd/{fd}"
                     os.link(file, PREFIX + name, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=True)
+                    self._whole = True
                     return self
                 except FileExistsError:
-                    _clear_the_way(name, replace)
+                    if not _clear_the_way(name, replace):
+                        time.sleep(0.001)
+            raise RingBusy(f"ring {name!r} is being removed by another process, which does not get on with it")
         except BaseException:
+            self.unlink()  # if it came to that
             self.close(keep=True)
             raise
         finally:
@@ -268,6 +282,7 @@ class Segment:
             if not _lock(self._locks, fcntl.F_RDLCK, _layout.PRESENCE) or not _leads_to(_path(name), fd):
                 raise FileNotFoundError(errno.ENOENT, "the ring of this name was just removed", name)
             self._attach(fd)
+            self._whole = True
         except BaseException:
             self.close(keep=True)
             raise
@@ -279,7 +294,18 @@ class Segment:
         """Open the file once more, for the locks alone."""
         status = os.fstat(fd)
         self._identity = status.st_dev, status.st_ino
-        self._locks = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+        while True:
+            forks = _forks[0]
+            try:
+                self._locks = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+            except OSError as error:
+                what = f"cannot open the ring's file again, for its locks: {error.strerror}"
+                raise OSError(error.errno, what, self.name) from error
+            _owners[self._locks] = id(self)
+            if forks == _forks[0]:
+                return
+            # Another thread forked, maybe just before we knew the number: that child would hold our claims.
+            self._give_up_locks()
 
     def _attach(self, fd: int) -> None:
         try:
@@ -295,7 +321,7 @@ class Segment:
 
     def _own(self, fd: int) -> bool:
         """Is this remembered descriptor still ours? After os.closerange the number may be a stranger's."""
-        if fd < 0:
+        if fd < 0 or _owners.get(fd, id(self)) != id(self):
             return False
         try:
             status = os.fstat(fd)
@@ -330,13 +356,13 @@ class Segment:
 
     def waker_fence(self) -> Fence:
         """What a waker does between publishing and looking for sleepers: nothing where sleepers do it for it."""
-        return None if _membarrier.register() else make_fence(MACHINE == "x86_64")
+        return None if _membarrier.register() else make_fence(TSO)
 
     def sleeper_fence(self) -> bool:
         """A full barrier here and in all wakers. False: only here."""
         if _membarrier.expedite():
             return True
-        make_fence(MACHINE == "x86_64")()
+        make_fence(TSO)()
         return False
 
     def ring(self, bell: int) -> None:
@@ -347,7 +373,7 @@ class Segment:
 
     def wait(self, bell: int, seen: int, deadline: float | None) -> None:
         """Sleep while the bell is as `seen`, until `deadline` (time.monotonic), or a signal, or less."""
-        if SLICE is not None and threading.current_thread() is threading.main_thread():
+        if SLICE is not None and threading.get_ident() == threading.main_thread().ident:
             # A signal that comes just before the call does not interrupt it.
             soon = time.monotonic() + SLICE
             deadline = soon if deadline is None else min(deadline, soon)
@@ -365,50 +391,112 @@ class Segment:
         if self._own(self._locks):
             _remove(self.name, self._locks)
 
-    def close(self, keep: bool = False) -> None:
-        """Give up the presence, and remove the name if nobody else is present. The roles are free by then.
+    def leave(self) -> None:
+        """Give up the presence, and remove the name if nobody else is present and it is not to be kept.
 
-        The memory goes when the last reference to the map does: a thread may still sleep on a bell.
+        The roles and the memory stay with us: for the end of a process, whose other threads still run.
         """
         fd = self._locks
         if self._own(fd):
-            keep = keep or self.layout.keep
-            if not keep and _lock(fd, fcntl.F_WRLCK, _layout.PRESENCE):
-                _remove(self.name, fd)
+            # First let go, then see: of two that leave at once, each would see the other still there.
             _lock(fd, fcntl.F_UNLCK, _layout.PRESENCE)
+            if not self.layout.keep and _lock(fd, fcntl.F_WRLCK, _layout.PRESENCE):
+                try:
+                    _remove(self.name, fd)
+                finally:
+                    _lock(fd, fcntl.F_UNLCK, _layout.PRESENCE)
+
+    def close(self, keep: bool = False) -> None:
+        """Leave, and give up all claims; with `keep` the name stays.
+
+        The memory goes when the last reference to the map does: a thread may still sleep on a bell.
+        """
+        if not keep:
+            self.leave()
+        self._give_up_locks()
+
+    def _give_up_locks(self) -> None:
+        fd = self._locks
+        if self._own(fd):
+            # The locks first: if an exception leaves the descriptor open, it holds nothing.
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
             self._locks = -1
             os.close(fd)
+            _owners.pop(fd, None)
 
     def __del__(self) -> None:
         # A handle that an exception kept from ever reaching its caller; all others are closed by now.
         self.close()
 
+    # ------------------------------------------------------------ forks
+
     def before_fork(self) -> None:
         """Open the child's own description, and be present for it before the parent can go away."""
-        if not self._own(self._locks):
-            return
-        self._child = os.open(f"/proc/self/fd/{self._locks}", os.O_RDWR | os.O_CLOEXEC)
-        _lock(self._child, fcntl.F_RDLCK, _layout.PRESENCE)
+        thread = threading.get_ident()
+        if thread not in self._children:
+            self._children[thread] = -1
+            if self._whole and self._own(self._locks):
+                child = os.open(f"/proc/self/fd/{self._locks}", os.O_RDWR | os.O_CLOEXEC)
+                self._children[thread] = child
+                _lock(child, fcntl.F_RDLCK, _layout.PRESENCE)
 
     def after_fork_in_parent(self) -> None:
         """The child has its description now."""
-        fd, self._child = self._child, -1
+        fd = self._children.pop(threading.get_ident(), -1)
         if self._own(fd):
             os.close(fd)
 
     def after_fork_in_child(self) -> None:
         """Hold no claim of the parent's: its locks live as long as any copy of their descriptor."""
-        fd, self._locks, self._child = self._locks, self._child, -1
-        if self._own(fd):
-            os.close(fd)
+        if not self._children:
+            return
+        mine = self._children.pop(threading.get_ident(), -1)
+        strangers = [self._locks, *self._children.values()]  # the parent's, and children's of its other threads
+        self._locks = mine
+        _owners[mine] = id(self)
+        self._children.clear()
+        for fd in strangers:
+            if self._own(fd):
+                os.close(fd)
 
 
-def _clear_the_way(name: str, replace: bool) -> None:
-    """Make room for a new ring of this name, or say why there is none."""
+_segments: dict[int, weakref.ref[Segment]] = {}
+_owners: dict[int, int] = {}  # which segment has a descriptor: a second handle of a ring could get a lost one's number
+_forks = [0]  # begun in this process
+_forking: dict[int, list[Segment]] = {}  # by thread; held, so that one that another thread closes is tidied up too
+
+
+def before_fork() -> None:
+    """To be called before a fork; then one of the next two, on either side."""
+    _forks[0] += 1
+    # The list of references is made in one step, because other threads open and close meanwhile.
+    segments = [segment for segment in [reference() for reference in list(_segments.values())] if segment is not None]
+    _forking[threading.get_ident()] = segments
+    for segment in segments:
+        segment.before_fork()
+
+
+def after_fork_in_parent() -> None:
+    """See `before_fork`."""
+    for segment in _forking.pop(threading.get_ident(), ()):
+        segment.after_fork_in_parent()
+
+
+def after_fork_in_child() -> None:
+    """See `before_fork`."""
+    for segment in _forking.pop(threading.get_ident(), ()):
+        segment.after_fork_in_child()
+    _forking.clear()
+
+
+def _clear_the_way(name: str, replace: bool) -> bool:
+    """Make room for a new ring of this name, or say why there is none. False: somebody else is at it."""
     try:
         fd = _open(name)
     except FileNotFoundError:
-        return
+        return True
+    except OSError as error:
+        raise FileExistsError(errno.EEXIST, error.strerror, name) from error
     try:
         if os.pread(fd, len(_layout.MAGIC), 0) != _layout.MAGIC:
             raise FileExistsError(errno.EEXIST, f"{_path(name)} exists and is no ring; it is left alone", name)
@@ -421,7 +509,6 @@ def _clear_the_way(name: str, replace: bool) -> None:
                 raise RingBusy(f"ring {name!r} cannot be replaced: somebody has it open")
             raise FileExistsError(errno.EEXIST, "a ring of this name exists and somebody has it open", name)
         _remove(name, fd)
-        if _leads_to(_path(name), fd):
-            raise RingBusy(f"ring {name!r} is being removed by another process")
+        return not _leads_to(_path(name), fd)
     finally:
         os.close(fd)

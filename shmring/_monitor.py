@@ -10,8 +10,9 @@ single thread into a generator and refuses the next one, which is all that a loc
 - an exception at any instruction leaves nothing locked, because there is nothing to unlock;
 - re-entry from a signal handler is refused as well, instead of hanging.
 
-So such a generator never blocks, and never ends before `Monitor.close`: it catches what is raised
-inside, reloads its state from the shared words, and hands the exception out as a `Raised`.
+Such a generator never blocks. An exception that leaves it ends it, and the next operation starts
+another one from the same function, which reads what it needs from the shared words, exactly as
+the process that comes after a killed one does. So there is one kind of recovery, not two.
 """
 
 from __future__ import annotations
@@ -19,30 +20,33 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Callable, Generator
+from typing import Any, Final
 
 
-class Raised:
-    """An exception on its way out of a monitor."""
-
-    __slots__ = ("_error",)
-
-    def __init__(self, error: BaseException) -> None:
-        self._error: BaseException | None = error
-
-    def take(self) -> BaseException:
-        """The exception, once: the monitor must not keep it, nor the frames that hang on it."""
-        error, self._error = self._error, None
-        assert error is not None
-        return error
+class MonitorClosed(Exception):
+    """The monitor was closed: there is nothing left to enter."""
 
 
-def unwrap(answer: Any) -> Any:
-    """An answer of a monitor, or the exception in it."""
-    if type(answer) is Raised:
-        raise answer.take()
-    return answer
+def _what_a_running_generator_says() -> tuple[Any, ...]:
+    def steps() -> Generator[None, None, None]:
+        yield
+        next(generator)
+
+    generator = steps()
+    next(generator)
+    try:
+        next(generator)
+    except ValueError as error:
+        return error.args
+    raise AssertionError("a generator was entered twice")
+
+
+def _no_steps() -> Generator[None, Any, None]:
+    yield
+
+
+BUSY: Final = _what_a_running_generator_says()
 
 
 class _Locked:
@@ -73,47 +77,75 @@ class _Locked:
 
 
 class Monitor:
-    """A started generator, entered by one thread at a time.
+    """A generator that one thread enters at a time, and that is started anew after an exception.
 
     Attributes:
-        steps: The generator. ``steps.send(request)`` enters at once or raises ValueError because a
-            thread is inside, StopIteration because the monitor is closed; iterating sends None.
+        steps: The generator of now, for who is in a hurry: ``send`` enters at once, or raises ValueError
+            with the arguments BUSY because a thread is inside, or StopIteration because the generator
+            has ended; iterating sends None. `enter` is the answer to both.
     """
 
-    def __init__(self, generator: Generator[Any, Any, None]) -> None:
+    def __init__(self, function: Callable[[], Generator[Any, Any, None]]) -> None:
+        self._function = function
+        self._heirs: dict[Any, Any] = {}  # which generator came after which
+        self._closed = False
+        self.steps = self._start()
+
+    def _start(self) -> Any:
+        generator = self._function()
         next(generator)
-        gil = getattr(sys, "_is_gil_enabled", lambda: True)()
-        self.steps: Any = generator if gil else _Locked(generator)
+        return generator if getattr(sys, "_is_gil_enabled", lambda: True)() else _Locked(generator)
 
     def enter(self, request: Any) -> Any:
         """Send `request`, waiting while another thread is inside (it never stays).
 
         Raises:
-            RuntimeError: This very thread is inside: called from a signal handler, or the like.
-            StopIteration: The monitor is closed.
+            MonitorClosed: `close` was called.
+            RuntimeError: This very thread is inside: it is in a signal handler, or the like.
         """
         while True:
+            steps = self.steps
             try:
-                return self.steps.send(request)
-            except ValueError:
-                self._let_go()
+                return steps.send(request)
+            except StopIteration:
+                self._start_anew(steps)
+            except ValueError as error:
+                if error.args != BUSY:
+                    raise
+                self._let_go(steps)
 
     def close(self) -> None:
         """End the generator once nobody is inside. Closing again does nothing."""
+        self._closed = True
         while True:
+            steps = self.steps
             try:
-                self.steps.close()
-                return
-            except ValueError:
-                self._let_go()
+                steps.close()
+            except ValueError as error:
+                if error.args != BUSY:
+                    raise
+                self._let_go(steps)
+            else:
+                if steps is self.steps:
+                    self._function = _no_steps  # the old one may be a method of who has this monitor: a cycle
+                    return
 
-    def _let_go(self) -> None:
-        inside = self.steps.gi_frame
-        frame = sys._getframe()
+    def _start_anew(self, dead: Any) -> None:
+        if not self._closed:
+            # setdefault is one step: of several threads that come here, one is first, and the others take its heir.
+            self.steps = self._heirs.setdefault(dead, self._start())
+        if self._closed:  # looked at after the heir is where `close` finds it
+            self.steps.close()
+            raise MonitorClosed
+
+    def _let_go(self, steps: Any) -> None:
+        """Let the thread that is inside go on, unless it is this one."""
+        inside = steps.gi_frame
+        frame: Any = sys._getframe()
         while frame is not None:
             if frame is inside:
                 raise RuntimeError(
-                    "a ring was used again by the thread that is inside one of its operations (from a signal handler?)"
+                    "a ring was used by a thread that is inside an operation on it already (from a signal handler?)"
                 ) from None
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         time.sleep(0)

@@ -12,14 +12,15 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, overload
 
 from . import _layout
 from ._backend import Segment, os_backend
 from ._errors import MessageTooLarge, RingClosed, RingError, RingTimeout
-from ._monitor import Monitor, Raised, unwrap
-from ._words import PACKED, GiveBack, Parking, ReadBatch, Reader, ReadInto, WriteBatch, Writer
+from ._monitor import BUSY, Monitor, MonitorClosed
+from ._words import PACKED, GiveBack, Parking, ReadBatch, Reader, ReadOne, ReadRequest, WriteBatch, Writer
 
 if TYPE_CHECKING:
     if sys.version_info >= (3, 12):
@@ -32,6 +33,30 @@ OPEN_AGAIN: Final = 0.002  # seconds between two tries of `open` with a timeout
 
 _open_rings: dict[int, weakref.ref[Ring]] = {}
 _hooks: list[bool] = []
+
+
+class _Spin:
+    """How long to look again and again before going to sleep: as long as it has paid lately.
+
+    Each time in vain halves it, down to nothing; each sixteenth wait tries the whole of it, and a time that
+    pays restores it. So a busy stream does not park, and on a crowded machine nobody burns the
+    processor that the other side waits for.
+    """
+
+    __slots__ = ("_most", "_now", "_waits")
+
+    def __init__(self, most: float) -> None:
+        self._most = self._now = most
+        self._waits = 0
+
+    def seconds(self) -> float:
+        """How long this time."""
+        self._waits += 1
+        return self._now if self._waits & 15 else self._most
+
+    def learn(self, paid: bool) -> None:
+        """It paid, or not."""
+        self._now = self._most if paid else self._now / 2 if self._now > 1e-6 else 0.0
 
 
 class RingStats(NamedTuple):
@@ -76,16 +101,16 @@ class Ring:
         self._spin_given = spin
         if spin is None:
             spin = SPIN if os_backend.processors() > 1 else 0.0
-        self._spin = spin
+        self._read_spin, self._write_spin = _Spin(spin), _Spin(spin)
         self._take_up()
         self._closed = False
-        _remember(self)
+        _open_rings[id(self)] = weakref.ref(self)
 
     def _take_up(self) -> None:
         """Begin with no role; also in a forked child, where the parent's states must not be used."""
         self._writer = Writer(self._segment)
         self._reader = Reader(self._segment)
-        self._closing = Monitor(_closing(self._writer, self._reader, self._segment))
+        self._ending = Monitor(partial(_ending, self._writer, self._reader, self._segment))
         self._send = self._writer.monitor.steps.send
         self._messages = self._reader.monitor.steps
 
@@ -119,12 +144,13 @@ class Ring:
             keep: The name and the unread messages stay when nobody has the ring open, until `unlink`
                 (or until the system goes down).
             replace: Take the place of a kept ring of this name that nobody has open.
-            spin: Seconds to look again and again before going to sleep in a wait, for this handle; None
-                is 20 microseconds, or nothing where there is one processor.
+            spin: Seconds to look again and again before going to sleep in a wait, at most (less while it
+                does not pay), for this handle; None is 20 microseconds, or nothing where there is one processor.
 
         Raises:
             FileExistsError: There is a living or kept ring of this name, or something that is no ring.
-            RingBusy: With `replace`: somebody has that ring open.
+            RingBusy: With `replace`: somebody has that ring open. Or another process is removing a ring of
+                this name, and has not finished within a second (it was stopped?).
             ValueError: An argument is out of its range.
             OSError: The system says no: ENOSPC without memory for the control words, EACCES, ...
         """
@@ -132,7 +158,9 @@ class Ring:
         layout = _layout.new_layout(capacity, writers, readers, keep)
         if not isinstance(mode, int) or mode & ~0o777 or mode & 0o600 != 0o600:
             raise ValueError(f"mode is permission bits of which 0o600 are set, not {mode!r}")
-        return cls(os_backend.Segment.create(name, layout, mode, replace), False, _check_spin(spin))
+        _check_spin(spin)
+        _set_hooks()
+        return cls(os_backend.Segment.create(name, layout, mode, replace), False, spin)
 
     @classmethod
     def open(
@@ -155,6 +183,7 @@ class Ring:
         """
         _layout.check_name(name)
         _check_spin(spin)
+        _set_hooks()
         deadline = _deadline(timeout)
         while True:
             try:
@@ -189,10 +218,14 @@ class Ring:
             data = _flat(data)
         try:
             answer = self._send(data)
-        except (ValueError, StopIteration):  # another thread is inside, or the handle is closed
+        except StopIteration:  # an exception ended these steps, or `close`
             answer = self._enter_writer(data)
+        except ValueError as error:
+            if error.args != BUSY:
+                raise
+            answer = self._enter_writer(data)  # waits for the thread that is inside
         if answer is not None:
-            self._write_when_room(data, unwrap(answer), _deadline(timeout))
+            self._write_when_room(data, answer, _deadline(timeout))
 
     def try_write(self, data: Buffer) -> bool:
         """Append one message if there is room now. Raises what `write` raises, but RingTimeout.
@@ -204,9 +237,13 @@ class Ring:
             data = _flat(data)
         try:
             answer = self._send(data)  # as in `write`
-        except (ValueError, StopIteration):
+        except StopIteration:
             answer = self._enter_writer(data)
-        return answer is None or unwrap(answer) is None
+        except ValueError as error:
+            if error.args != BUSY:
+                raise
+            answer = self._enter_writer(data)
+        return answer is None
 
     def write_many(self, messages: Iterable[Buffer], *, timeout: float | None = None) -> int:
         """Append messages in their order, much faster than one by one.
@@ -232,7 +269,7 @@ class Ring:
         if longest > self.max_message:
             raise MessageTooLarge(self.name, longest, self.max_message)
         batch = WriteBatch(checked, longest if len(sizes) == 1 else -1)
-        wanted = unwrap(self._enter_writer(batch))
+        wanted = self._enter_writer(batch)
         if wanted is not None:
             try:
                 self._write_when_room(batch, wanted, _deadline(timeout))
@@ -242,10 +279,13 @@ class Ring:
         return batch.done
 
     def _enter_writer(self, data: Any) -> Any:
+        monitor = self._writer.monitor
         try:
-            return self._writer.monitor.enter(data)
-        except StopIteration:
+            return monitor.enter(data)
+        except MonitorClosed:
             raise self._is_closed() from None
+        finally:
+            self._send = monitor.steps.send
 
     def _write_when_room(self, data: Any, wanted: int, deadline: float | None) -> None:
         writer = self._writer
@@ -257,12 +297,12 @@ class Ring:
         def attempt() -> bool:
             nonlocal wanted, written
             if not written:
-                answer = unwrap(self._enter_writer(data))
+                answer = self._enter_writer(data)
                 written = answer is None
                 wanted = answer or 0
             return written
 
-        self._spin_on(attempt, deadline)
+        self._spin_on(attempt, self._write_spin, deadline)
         self._wait(attempt, parking, lambda: writer.read_pos < wanted, lambda: wanted, deadline, "no room in")
 
     # ------------------------------------------------------------ reading
@@ -294,58 +334,62 @@ class Ring:
         If this process dies inside the call, the message is in the ring or it is taken; none of the
         others is affected. The next process that reads takes up after the last one taken.
         """
-        if buf is not None or max_len is not None:
-            answer: bytes | int = self._read_when_there(_read_into(buf, max_len), _deadline(timeout), None)
-            return answer
         message: Any = None
         spin_until: float | None = None
         try:
-            while True:
-                # A `for` and not a call of next(): between the two the interpreter runs no signal
-                # handler, whose exception would lose the message.
+            # A `for` and not a call of next(): between the two the interpreter (from 3.10 on) runs no
+            # signal handler, whose exception would lose the message.
+            while buf is None and max_len is None:
                 for message in self._messages:
-                    if type(message) is bytes:
-                        return message
+                    if message is not None:
+                        if spin_until is not None:
+                            self._read_spin.learn(True)
+                        return message  # type: ignore[no-any-return]
                     break
                 else:
-                    break  # the handle is closed
-                if message is not None:
-                    break  # an exception
-                # Spin here, a few times faster than in _wait: it is what a message waits for.
+                    break  # an exception ended these steps, or `close`
+                # Spin here, a few times faster than in _await: it is what a message waits for.
                 now = time.monotonic()
                 if spin_until is None:
-                    spin_until = now + (self._spin if timeout is None else min(timeout, self._spin))
+                    spin = self._read_spin.seconds()
+                    spin_until = now + (spin if timeout is None else min(timeout, spin))
                 if now >= spin_until:
+                    self._read_spin.learn(False)
                     break
-        except ValueError:
-            pass  # another thread is inside
+        except BaseException as error:
+            if message is not None:
+                self._enter_reader(GiveBack([message]))
+            if not isinstance(error, ValueError) or error.args != BUSY:
+                raise
+        if buf is None and max_len is None:
+            request = ReadOne(self.max_message)
+        else:
+            request = _read_into(buf, max_len)
+        try:
+            answer: bytes | int = self._await(request, timeout, spun=spin_until is not None)
         except BaseException:
-            if type(message) is bytes:
-                self._enter_reader(GiveBack(message))
+            self._reader.give_back(request)
             raise
-        message = self._read_when_there(None, _deadline(timeout), message, spun=True)
-        assert type(message) is bytes
-        return message
+        return answer
 
     def try_read(self) -> bytes | None:
         """Remove and return one message if there is one, else None. Raises what `read` raises, but RingTimeout."""
         message: Any = None
         try:
             for message in self._messages:  # as in `read`
-                if message is None or type(message) is bytes:
-                    return message
-                break
-        except ValueError:
-            pass
+                return message  # type: ignore[no-any-return]
+        except BaseException as error:
+            if message is not None:
+                self._enter_reader(GiveBack([message]))
+            if not isinstance(error, ValueError) or error.args != BUSY:
+                raise
+        request = ReadOne(self.max_message)
+        try:
+            answer: bytes | None = self._enter_reader(request)
         except BaseException:
-            if type(message) is bytes:
-                self._enter_reader(GiveBack(message))
+            self._reader.give_back(request)
             raise
-        message = unwrap(message)
-        if message is None:
-            message = unwrap(self._enter_reader(None))
-        assert message is None or type(message) is bytes
-        return message
+        return answer
 
     def read_many(self, max_messages: int | None = None, *, timeout: float | None = None) -> list[bytes]:
         """Remove and return what is there, waiting while there is nothing; much faster than one by one.
@@ -367,8 +411,12 @@ class Ring:
         elif not isinstance(max_messages, int) or max_messages < 1:
             raise ValueError(f"max_messages is None or at least 1, not {max_messages!r}")
         request = ReadBatch(max_messages)
-        messages: list[bytes] = self._read_when_there(request, _deadline(timeout), None)
-        return messages
+        try:
+            answer: list[bytes] = self._await(request, timeout)
+        except BaseException:
+            self._reader.give_back(request)
+            raise
+        return answer
 
     def messages(self, *, timeout: float | None = None) -> Iterator[bytes]:
         """Iterate over the messages as they come; each is out of the ring when it is handed out.
@@ -377,46 +425,71 @@ class Ring:
         never). Leaving the loop loses nothing.
         """
         while True:
+            steps = self._messages
             try:
-                message = self.read(timeout=timeout)
+                for message in steps:  # as in `read`
+                    if message is None:
+                        break
+                    yield message
+                    if steps is not self._messages:
+                        break  # we are in a forked child now
+            except ValueError as error:
+                if error.args != BUSY:
+                    raise
+            request = ReadOne(self.max_message)
+            try:
+                message = self._await(request, timeout)
             except (RingClosed, RingTimeout):
                 return
+            except BaseException:
+                self._reader.give_back(request)
+                raise
             yield message
 
     def __iter__(self) -> Iterator[bytes]:
         return self.messages()
 
     def _enter_reader(self, request: Any) -> Any:
+        monitor = self._reader.monitor
         try:
-            return self._reader.monitor.enter(request)
-        except StopIteration:
+            return monitor.enter(request)
+        except MonitorClosed:
             raise self._is_closed() from None
+        finally:
+            self._messages = monitor.steps
 
-    def _read_when_there(self, request: Any, deadline: float | None, answer: Any, spun: bool = False) -> Any:
-        answer = unwrap(answer)
+    def _await(self, request: ReadRequest, timeout: float | None, spun: bool = False) -> Any:
+        """The answer to a request, once there is one. Who calls gives it back if it gets an exception instead."""
+        deadline = _deadline(timeout)
+        answer: Any = None
 
         def attempt() -> bool:
             nonlocal answer
             if answer is None:
-                answer = unwrap(self._enter_reader(request))
+                answer = self._enter_reader(request)
             return answer is not None
 
         if not attempt():
             reader = self._reader
             assert reader.parking is not None
             if not spun:
-                self._spin_on(attempt, deadline)
+                self._spin_on(attempt, self._read_spin, deadline)
             self._wait(attempt, reader.parking, reader.nothing, lambda: 0, deadline, "no message in")
         return answer
 
     # ------------------------------------------------------------ waiting
 
-    def _spin_on(self, attempt: Callable[[], bool], deadline: float | None) -> None:
-        """Attempt for a short time. It ends early when an attempt succeeds; `_wait` then sees that at once."""
+    def _spin_on(self, attempt: Callable[[], bool], spin: _Spin, deadline: float | None) -> None:
+        """Attempt for a short time. When an attempt succeeds it ends; `_wait` then sees that at once."""
         now = time.monotonic()
-        until = now + self._spin if deadline is None else min(now + self._spin, deadline)
-        while now < until and not attempt():
+        until = now + spin.seconds()
+        if deadline is not None:
+            until = min(until, deadline)
+        paid = False
+        while now < until and not paid:
+            paid = attempt()
             now = time.monotonic()
+        spin.learn(paid)
 
     def _wait(
         self,
@@ -433,7 +506,7 @@ class Ring:
                 raise RingTimeout(f"{what} ring {self.name!r} within the timeout")
             try:
                 parking.park(nothing, needs(), deadline)
-            except StopIteration:
+            except MonitorClosed:
                 raise self._is_closed() from None
 
     # ------------------------------------------------------------ life
@@ -444,7 +517,7 @@ class Ring:
         Threads that wait in this handle get RingClosed. Closing again does nothing.
         """
         if not self._closed:
-            unwrap(self._closing.enter(None))
+            self._ending.enter("close")
             self._closed = True
             _open_rings.pop(id(self), None)
 
@@ -456,7 +529,7 @@ class Ring:
         """
         if self._closed:
             raise self._is_closed()
-        self._segment.unlink()
+        self._ending.enter("unlink")
 
     def __enter__(self) -> Ring:
         if self._closed:
@@ -547,20 +620,16 @@ class Ring:
         )
 
 
-def _closing(writer: Writer, reader: Reader, segment: Segment) -> Generator[Any, Any, None]:
-    """The end of a handle, as a monitor: one thread at a time, and all of it again after an exception."""
-    answer = None
+def _ending(writer: Writer, reader: Reader, segment: Segment) -> Generator[None, str, None]:
+    """The end of a handle and of its ring's name, as a monitor; after an exception it is begun anew."""
     while True:
-        try:
-            yield answer
-            answer = None
+        request = yield
+        if request == "close":
             writer.close()
             reader.close()
             segment.close()
-        except GeneratorExit:
-            return
-        except BaseException as error:
-            answer = Raised(error)
+        else:
+            segment.unlink()
 
 
 def unlink(name: str) -> None:
@@ -606,7 +675,7 @@ def _flat(data: Any) -> bytes | memoryview:
         return view.tobytes()
 
 
-def _read_into(buf: Any, max_len: Any) -> ReadInto:
+def _read_into(buf: Any, max_len: Any) -> ReadOne:
     view = None
     if buf is not None:
         if isinstance(buf, int):
@@ -622,12 +691,12 @@ def _read_into(buf: Any, max_len: Any) -> ReadInto:
         view = view.cast("B") if view.nbytes else memoryview(bytearray())
     if max_len is None:
         assert view is not None
-        return ReadInto(view, len(view))
+        return ReadOne(len(view), view)
     if not isinstance(max_len, int) or isinstance(max_len, bool):
         raise TypeError(f"max_len is a number of bytes, not {type(max_len).__name__}")
     if max_len < 0:
         raise ValueError(f"max_len is a number of bytes, not {max_len}")
-    return ReadInto(view, max_len if view is None else min(max_len, len(view)))
+    return ReadOne(max_len if view is None else min(max_len, len(view)), view)
 
 
 # ---------------------------------------------------------------- pickling, forks and the end of the process
@@ -641,15 +710,25 @@ def _unpickle(cls: type[Ring], name: str, nonce: bytes, any_owner: bool, spin: f
     return ring
 
 
-def _remember(ring: Ring) -> None:
-    """Have this handle follow forks, and close at the end of the process."""
+def _set_hooks() -> None:
+    """Have handles follow forks, and leave at the end of the process. Before the first of them; twice is harmless."""
     if not _hooks:
         os.register_at_fork(
-            before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+            before=os_backend.before_fork,
+            after_in_parent=os_backend.after_fork_in_parent,
+            after_in_child=_after_fork_in_child,
         )
-        atexit.register(_close_all)
-        _hooks.append(True)  # after it: registered twice is harmless, never is not
-    _open_rings[id(ring)] = weakref.ref(ring)
+        atexit.register(_leave_all)
+        _leave_with_multiprocessing()
+        _hooks.append(True)
+
+
+def _leave_with_multiprocessing() -> None:
+    """Its children end by os._exit, without atexit, but with its own finalizers."""
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None:
+        util.register_after_fork(_leave_all, lambda _: util.Finalize(None, _leave_all, exitpriority=-1))
+        util.Finalize(None, _leave_all, exitpriority=-1)
 
 
 def _rings() -> list[Ring]:
@@ -657,23 +736,15 @@ def _rings() -> list[Ring]:
     return [ring for ring in [reference() for reference in list(_open_rings.values())] if ring is not None]
 
 
-def _before_fork() -> None:
-    for ring in _rings():
-        ring._segment.before_fork()
-
-
-def _after_fork_in_parent() -> None:
-    for ring in _rings():
-        ring._segment.after_fork_in_parent()
-
-
 def _after_fork_in_child() -> None:
+    os_backend.after_fork_in_child()
     for ring in _rings():
-        ring._segment.after_fork_in_child()
         if not ring._closed:
             ring._take_up()
+    _leave_with_multiprocessing()
 
 
-def _close_all() -> None:
+def _leave_all() -> None:
+    """The end of the process: names go, but other threads may still be inside, so nothing else does."""
     for ring in _rings():
-        ring.close()
+        ring._segment.leave()

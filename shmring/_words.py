@@ -53,7 +53,6 @@ import struct
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from functools import lru_cache
 from itertools import chain, islice
@@ -62,12 +61,15 @@ from typing import Any, Final, NamedTuple, Optional, Protocol
 from . import _layout
 from ._errors import BufferTooSmall, MessageTooLarge, RingBusy, RingCorrupted
 from ._layout import PADDING, RECORD_HEADER, Layout, place, record_bytes
-from ._monitor import Monitor, Raised, unwrap
+from ._monitor import Monitor, MonitorClosed
 
 PACKED: Final = 1024  # bytes; messages up to this go in by struct, one call for length and payload
 JOINED: Final = 16384  # bytes; longer ones are not worth joining, which copies them once more
 BURST: Final = 65536  # bytes that are published, or copied out, in one go at most
 BLOCK: Final = 32  # records that one struct takes apart: half the time of one at a time
+
+WORD: Final = (1 << 64) - 1
+POSITIONS: Final = 1 << 63  # no ring lives as long: a position from here on is damage
 
 _LENGTH = struct.Struct("=Q")
 _GAPS = tuple(bytes(-size & 7) for size in range(8))
@@ -83,7 +85,7 @@ class Segment(Protocol):
     map: mmap.mmap
     words: memoryview
     bells: memoryview
-    order: Fence
+    tso: bool  # does the machine keep stores in order, and loads (x86-64)?
 
     def claim(self, byte: int) -> bool: ...
     def release(self, byte: int) -> None: ...
@@ -131,23 +133,48 @@ class WriteBatch:
         return sys.maxsize  # no message is as long: it leaves the writer's fast path by its length
 
 
-class ReadBatch(NamedTuple):
+class ReadRequest:
+    """What a read asks for, and what it got out of the ring: noted before it happens.
+
+    So nothing is lost if an exception keeps the answer from the caller; see `Reader.give_back`.
+
+    Attributes:
+        taken: What each lane's read_pos comes to, and the messages that are out of the ring once it has.
+        owed: The list of owed messages before, and those taken from it.
+    """
+
+    __slots__ = ("owed", "taken")
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[int, int, list[bytes]]] = []
+        self.owed: tuple[list[bytes] | None, list[bytes]] = None, []
+
+
+class ReadBatch(ReadRequest):
     """Take up to so many messages, from every lane what it had when looked at."""
 
-    max_messages: int
+    __slots__ = ("most",)
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
 
 
-class ReadInto(NamedTuple):
+class ReadOne(ReadRequest):
     """Take one message of at most `room` bytes, into `view` if there is one."""
 
-    view: memoryview | None
-    room: int
+    __slots__ = ("room", "view")
+
+    def __init__(self, room: int, view: memoryview | None = None) -> None:
+        super().__init__()
+        self.room = room
+        self.view = view
 
 
 class GiveBack(NamedTuple):
-    """A message that was handed out but did not reach the caller."""
+    """Messages that are out of the ring but did not reach the caller."""
 
-    message: bytes
+    messages: list[bytes]
 
 
 # ---------------------------------------------------------------- framing, of bytes nobody else looks at
@@ -194,51 +221,50 @@ def _records(size: int, number: int) -> struct.Struct:
 # ---------------------------------------------------------------- falling asleep and waking up
 
 
+def _make_even(words: memoryview, epoch: int) -> None:
+    words[epoch] = words[epoch] + (words[epoch] & 1) & WORD
+
+
 class Parking:
     """Where the threads of one handle sleep that wait for the other side of a ring.
 
     They all sleep on one bell; `parked` is odd while there is one. An entry that an exception left
-    behind in `sleepers` keeps it odd, which costs each waker one ring and nothing else.
+    behind in `_sleepers` keeps it odd, which costs each waker one ring and nothing else.
     """
 
     def __init__(self, segment: Segment, parked: int, parks: int, bell: int, wanted: int = 0) -> None:
         self._segment = segment
-        self._bell = bell
-        self._monitor = Monitor(self._steps(parked >> 3, parks >> 3, bell >> 2, wanted >> 3))
+        self._parked, self._parks, self._bell, self._wanted = parked >> 3, parks >> 3, bell, wanted >> 3
+        self._sleepers: dict[object, int] = {}  # what each needs
+        _make_even(segment.words, self._parked)  # the last one here may have died asleep; epochs go on from there
+        self._monitor = Monitor(self._steps)
 
-    def _steps(self, parked: int, parks: int, bell: int, wanted: int) -> Generator[Any, Any, None]:
-        words, bells, order = self._segment.words, self._segment.bells, self._segment.order
-        sleepers: dict[int, int] = {}
-        words[parked] += words[parked] & 1  # the role's last holder may have died asleep; epochs go on from there
-        answer: Any = None
+    def _steps(self) -> Generator[Any, Any, None]:
+        words, bells, sleepers = self._segment.words, self._segment.bells, self._sleepers
+        order = None if self._segment.tso else make_fence(False)
+        parked = self._parked
+        seen: int | None = None
         while True:
-            try:
-                thread, needs = yield answer
-                if needs is None:
-                    sleepers.pop(thread, None)
-                    if not sleepers:
-                        words[parked] += words[parked] & 1  # S6
-                    answer = None
-                else:
-                    answer = bells[bell]  # S1
-                    sleepers[thread] = needs
-                    if wanted:
-                        words[wanted] = min(sleepers.values())
-                        if order:
-                            order()  # ORDER before S2: who sees the epoch sees what it waits for
-                    words[parks] += 1
-                    words[parked] = words[parked] + 1 | 1  # S2: the next odd number
-            except GeneratorExit:
-                words[parked] += words[parked] & 1
-                return
-            except BaseException as error:
-                answer = Raised(error)
+            sleeper, needs = yield seen
+            if needs is None:
+                sleepers.pop(sleeper, None)
+                if not sleepers:
+                    _make_even(words, parked)  # S6
+                continue
+            seen = bells[self._bell >> 2]  # S1
+            sleepers[sleeper] = needs
+            if self._wanted:
+                words[self._wanted] = min(sleepers.values())
+                if order:
+                    order()  # ORDER before S2: who sees the epoch sees what it waits for
+            words[self._parks] = words[self._parks] + 1 & WORD
+            words[parked] = (words[parked] + 1 | 1) & WORD  # S2: the next odd number
 
     def park(self, nothing: Callable[[], bool], needs: int, deadline: float | None) -> None:
         """Sleep if there is `nothing` to do, until rung, or `deadline`, or for no reason at all."""
-        thread = threading.get_ident()
-        seen = unwrap(self._monitor.enter((thread, needs)))
+        sleeper = object()  # not the thread: a signal handler may park while its thread does
         try:
+            seen = self._monitor.enter((sleeper, needs))
             fenced = self._segment.sleeper_fence()  # S3
             if nothing():  # S4
                 if not fenced:
@@ -247,12 +273,21 @@ class Parking:
                     deadline = soon if deadline is None else min(soon, deadline)
                 self._segment.wait(self._bell, seen, deadline)  # S5
         finally:
-            unwrap(self._monitor.enter((thread, None)))
+            self._monitor.enter((sleeper, None))
+
+    def ring(self) -> None:
+        """Have this handle's own threads look again."""
+        self._segment.ring(self._bell)
 
     def close(self) -> None:
         """Wake this handle's threads, and never write the words again."""
+        try:
+            self._sleepers.clear()
+            self._monitor.enter((None, None))
+        except MonitorClosed:
+            pass
         self._monitor.close()
-        self._segment.ring(self._bell)
+        self.ring()
 
 
 # ---------------------------------------------------------------- writing
@@ -262,7 +297,7 @@ class Writer:
     """The writing side of a handle: a lane of its own, claimed at the first request.
 
     Requests to `monitor`: a message (bytes, or a flat memoryview of bytes), or a `WriteBatch`. Answers:
-    None when all of it is written; the read_pos that is wanted for more room, an int; a `Raised`.
+    None when all of it is written, or the read_pos that is wanted for more room, an int.
     """
 
     def __init__(self, segment: Segment) -> None:
@@ -270,8 +305,9 @@ class Writer:
         self._lane = -1  # also while a claim is tried: an exception right after it must not lose it
         self._rung = 0  # the reader's epoch that this handle last rang
         self._fence: Fence = None
+        self._order: Fence = None if segment.tso else make_fence(False)
         self.parking: Parking | None = None
-        self.monitor = Monitor(self._steps())
+        self.monitor = Monitor(self._steps)
 
     @property
     def lane(self) -> int:
@@ -294,20 +330,34 @@ class Writer:
 
     def _claim(self) -> None:
         """Take the emptiest free lane, rather one that has its memory."""
-        segment, layout, words = self._segment, self._segment.layout, self._segment.words
+        segment, layout = self._segment, self._segment.layout
         ranked = []
         for lane in range(layout.writers):
-            write_pos = words[(layout.lane_block(lane) + _layout.WRITE_POS) >> 3]
-            fill = write_pos - words[(layout.cursor(lane) + _layout.READ_POS) >> 3]
-            if 0 <= fill <= layout.capacity and not (write_pos | fill) & 7:
-                ranked.append((lane != self._lane, fill, write_pos == 0, lane))
-        for _, _, unused, lane in sorted(ranked):  # noqa: B007 - used after the loop
+            read_pos, write_pos = self._positions(lane)
+            ranked.append((lane != self._lane, write_pos - read_pos, write_pos == 0, lane))
+        damaged = 0
+        failure: OSError | None = None
+        for _, _, _, lane in sorted(ranked):
             self._lane = lane
-            if segment.claim(_layout.LANE + lane):
-                break
+            if not segment.claim(_layout.LANE + lane):
+                continue
+            # Only now do they stand still enough to be judged. read_pos first: it may still grow.
+            read_pos, write_pos = self._positions(lane)
+            if write_pos >= POSITIONS or not 0 <= write_pos - read_pos <= layout.capacity or (read_pos | write_pos) & 7:
+                damaged += 1
+            else:
+                try:
+                    if write_pos == 0:
+                        # Memory first: on a full /dev/shm the first store would be SIGBUS, this is ENOSPC.
+                        segment.reserve(layout.lane_bytes(lane), layout.capacity)
+                    break
+                except OSError as error:
+                    failure = error
+            segment.release(_layout.LANE + lane)
         else:
             self._lane = -1
-            damaged = layout.writers - len(ranked)
+            if failure is not None:
+                raise failure
             if damaged:
                 raise RingCorrupted(
                     f"ring {segment.name!r}: {damaged} of its {layout.writers} lanes are damaged, the others are taken"
@@ -316,18 +366,10 @@ class Writer:
                 f"ring {segment.name!r}: each of its {layout.writers} lanes has a living writer; "
                 f"close one, or create the ring with a larger writers= (it was writers={layout.writers})"
             )
-        if unused:
-            # Memory first: on a full /dev/shm the first store would be SIGBUS, this is ENOSPC.
-            try:
-                segment.reserve(layout.lane_bytes(lane), layout.capacity)
-            except BaseException:
-                segment.release(_layout.LANE + lane)
-                raise
         self._fence = segment.waker_fence()
         # Before the first W3, and from lane 0 on: the reader looks for the first 0 here, and no further.
         for number in range(lane + 1):
             segment.map[layout.used_offset + number] = 1
-        segment.ring(layout.readers_offset + _layout.READER_BELL)  # C1
         block = layout.lane_block(lane)
         self.parking = Parking(
             segment,
@@ -336,6 +378,12 @@ class Writer:
             block + _layout.WRITER_BELL,
             block + _layout.WRITER_WANTED,
         )
+
+    def _positions(self, lane: int) -> tuple[int, int]:
+        """The read_pos and then the write_pos of any lane."""
+        words, layout = self._segment.words, self._segment.layout
+        read_pos = words[(layout.cursor(lane) + _layout.READ_POS) >> 3]
+        return read_pos, words[(layout.lane_block(lane) + _layout.WRITE_POS) >> 3]
 
     def _ring(self) -> None:
         """W5, when the reader is asleep."""
@@ -347,12 +395,12 @@ class Writer:
 
     def _publish(self, pos: int, messages: int) -> None:
         """W3 to W5: all before `pos` may be read, `messages` more than before."""
-        segment = self._segment
-        words, block = segment.words, segment.layout.lane_block(self._lane)
-        if segment.order:
-            segment.order()  # ORDER W2 before W3, else the reader copies what was never written
+        words, block = self._segment.words, self._segment.layout.lane_block(self._lane)
+        if self._order:
+            self._order()  # ORDER W2 before W3, else the reader copies what was never written
         words[(block + _layout.WRITE_POS) >> 3] = pos  # W3
-        words[(block + _layout.MESSAGES_IN) >> 3] += messages
+        count = (block + _layout.MESSAGES_IN) >> 3
+        words[count] = words[count] + messages & WORD
         if self._fence:
             self._fence()  # W4
         self._ring()  # W5
@@ -365,16 +413,16 @@ class Writer:
         """
         segment, capacity = self._segment, self._segment.layout.capacity
         read_pos = self.read_pos  # W1, STALE OK: too small only makes us wait once more
-        if segment.order:
-            segment.order()  # ORDER W1 before W2, else we write over what is still being copied
-        if not 0 <= pos - read_pos <= capacity or read_pos & 7:
+        if self._order:
+            self._order()  # ORDER W1 before W2, else we write over what is still being copied
+        if not 0 <= pos - read_pos <= capacity or read_pos & 7 or pos >= POSITIONS:
             raise RingCorrupted(
                 f"ring {segment.name!r}: lane {self._lane} was written to {pos:,} and read to {read_pos:,}, "
                 f"which a capacity of {capacity:,} does not allow"
             )
         padding, wanted = place(pos, read_pos, step, capacity)
         if padding:
-            segment.words[(segment.layout.lane_bytes(self._lane) + pos % capacity) >> 3] = PADDING
+            segment.words[(segment.layout.lane_bytes(self._lane) + pos % capacity) >> 3] = PADDING  # W2
             pos += padding
             self._publish(pos, 0)
         return pos, min(read_pos + capacity, pos - pos % capacity + capacity), wanted
@@ -410,81 +458,77 @@ class Writer:
 
     def _steps(self) -> Generator[Any, Any, None]:
         segment = self._segment
-        layout, words, ring, order = segment.layout, segment.words, segment.map, segment.order
+        layout, words, ring, order = segment.layout, segment.words, segment.map, self._order
         capacity, max_message = layout.capacity, layout.max_message
         reader_parked = (layout.readers_offset + _layout.READER_PARKED) >> 3
-        answer: Any = None
-        while True:
-            try:
-                data = yield answer
-                if self.parking is None:
-                    self._claim()
-                fence = self._fence
-                write_pos = (layout.lane_block(self._lane) + _layout.WRITE_POS) >> 3
-                messages_in = (layout.lane_block(self._lane) + _layout.MESSAGES_IN) >> 3
-                first = layout.lane_bytes(self._lane)
+        data = yield
+        try:
+            if self.parking is None:
+                self._claim()
+            # C1: the writer before, or this one before an exception, may have ended between W3 and W5.
+            segment.ring(layout.readers_offset + _layout.READER_BELL)
+            fence = self._fence
+            write_pos = (layout.lane_block(self._lane) + _layout.WRITE_POS) >> 3
+            messages_in = (layout.lane_block(self._lane) + _layout.MESSAGES_IN) >> 3
+            first = layout.lane_bytes(self._lane)
+            while True:
+                pos, count = words[write_pos], words[messages_in] & WORD >> 1
+                at = stop = first + pos % capacity  # records go from here to there: no room until looked for
+                base = pos - at  # the position that the segment's byte 0 would have in this lap
+                size = -1
                 while True:
-                    pos, count = words[write_pos], words[messages_in]
-                    at = stop = first + pos % capacity  # records go from here to there: no room until looked for
-                    base = pos - at  # the position that the segment's byte 0 would have in this lap
-                    size = -1
-                    while True:
-                        if len(data) != size:
-                            if type(data) is WriteBatch:
-                                break
-                            size = len(data)
-                            if size > max_message:
-                                raise MessageTooLarge(segment.name, size, max_message)
-                            step = record_bytes(size)
-                            # One call for length and payload instead of two stores: a fifth of a small write.
-                            pack = struct.Struct(f"=Q{size}s").pack_into if size <= PACKED else None
+                    if len(data) != size:
+                        if type(data) is WriteBatch:
+                            break
+                        if len(data) > max_message:
+                            raise MessageTooLarge(segment.name, len(data), max_message)
+                        size = len(data)
+                        step = record_bytes(size)
+                        # One call for length and payload instead of two stores: a fifth of a small write.
+                        pack = struct.Struct(f"=Q{size}s").pack_into if size <= PACKED else None
+                    end = at + step
+                    if end > stop:
+                        pos, free, wanted = self._room(base + at, step)
+                        at = first + pos % capacity
+                        base = pos - at
+                        stop = free - base
+                        if wanted:
+                            data = yield wanted
+                            continue
                         end = at + step
-                        if end > stop:
-                            pos, free, wanted = self._room(base + at, step)
-                            at = first + pos % capacity
-                            base = pos - at
-                            stop = free - base
-                            if wanted:
-                                data = yield wanted
-                                continue
-                            end = at + step
-                        if pack is not None:
-                            pack(ring, at, size, data)  # W2
-                        else:
-                            words[at >> 3] = size
-                            ring[at + RECORD_HEADER : at + RECORD_HEADER + size] = data
-                        if order:
-                            order()  # ORDER W2 before W3, as in _publish
-                        words[write_pos] = base + end  # W3
-                        at = end
-                        words[messages_in] = count = count + 1
-                        if fence:
-                            fence()  # W4
-                        if words[reader_parked] & 1:  # W5
-                            self._ring()
-                        data = yield None
-                    data = yield self._write_batch(data)
-            except GeneratorExit:
-                return
-            except BaseException as error:
-                if self.parking is not None:
-                    self._ring()  # it may have come between W3 and W5
-                answer = Raised(error)
+                    if pack is not None:
+                        pack(ring, at, size, data)  # W2
+                    else:
+                        words[at >> 3] = size
+                        ring[at + RECORD_HEADER : at + RECORD_HEADER + size] = data  # W2
+                    if order:
+                        order()  # ORDER W2 before W3, as in _publish
+                    words[write_pos] = base + end  # W3
+                    at = end
+                    words[messages_in] = count = count + 1
+                    if fence:
+                        fence()  # W4
+                    if words[reader_parked] & 1:  # W5
+                        self._ring()
+                    data = yield None
+                data = yield self._write_batch(data)
+        except (GeneratorExit, MessageTooLarge, RingBusy):
+            raise
+        except BaseException:
+            # It may have come between W3 and W5. If another one comes here, the next operation does C1.
+            if self.parking is not None:
+                segment.ring(layout.readers_offset + _layout.READER_BELL)
+            raise
 
 
 # ---------------------------------------------------------------- reading
-
-
-def _column(offset: int, stride: int, rows: int) -> slice:
-    """One word of each row of a table, as a slice of the shared words."""
-    return slice(offset >> 3, (offset + rows * stride) >> 3, stride >> 3)
 
 
 class _Lane:
     """One lane as its reader sees it: where its words are, and how far it has been read."""
 
     __slots__ = (
-        "base", "bell", "count", "end", "first", "messages_out", "number", "parked", "pos", "read_pos", "rung", "top",
+        "bell", "count", "damage", "end", "first", "messages_out", "number", "parked", "pos", "read_pos", "rung", "top",
         "wanted", "write_pos",
     )  # fmt: skip
 
@@ -500,31 +544,32 @@ class _Lane:
         self.first = layout.lane_bytes(number)
         self.top = self.first + layout.capacity
         self.rung = 0  # the writer's epoch that this handle last rang
+        self.damage = ""  # what is wrong with it; it is left alone then
         self.pos = self.end = self.count = 0
-
-    def load(self, words: memoryview) -> None:
-        """Take up what the shared words say, as a successor of the last reader would."""
-        self.pos = self.end = words[self.read_pos]
-        self.count = words[self.messages_out]
 
 
 class Reader:
     """The reading side of a handle, for all lanes. The role is claimed at the first request.
 
-    Requests to `monitor`: None takes one message, or see `ReadInto`, `ReadBatch`, `GiveBack`. Answers: the
-    message (bytes; its size for `ReadInto` a view; a list for `ReadBatch`), None when there is nothing, a `Raised`.
+    Requests to `monitor`: None takes one message, or see `ReadOne`, `ReadBatch`, `GiveBack`. Answers: the
+    message (bytes; its size if it went to a view; a list for `ReadBatch`), or None when there is nothing.
     """
 
     def __init__(self, segment: Segment) -> None:
         self._segment = segment
-        self._lanes: list[_Lane] = []  # those that have ever been claimed
-        self._damaged: set[int] = set()
+        self._lanes: list[_Lane] = []  # those that have ever been claimed, from the first on
         self._last = 0  # the lane that was served last
-        self._owed: deque[bytes] = deque()  # taken out of the ring, but not handed over
+        self._owed: list[bytes] = []  # out of the ring, but not handed over; replaced, never changed
         self._fence: Fence = None
+        self._order: Fence = None if segment.tso else make_fence(False)
         self._tried = False
         self.parking: Parking | None = None
-        self.monitor = Monitor(self._steps())
+        self.monitor = Monitor(self._steps)
+
+    @property
+    def claimed(self) -> bool:
+        """Is the reader's role ours?"""
+        return self.parking is not None
 
     def close(self) -> None:
         """Wait until no thread is inside, end it, and give the role back."""
@@ -534,20 +579,31 @@ class Reader:
         if self._tried:
             self._segment.release(_layout.READER)
 
-    @property
-    def claimed(self) -> bool:
-        """Is the reader's role ours?"""
-        return self.parking is not None
-
     def nothing(self) -> bool:
-        """Is every lane empty that is not damaged? For S4, which may look from outside the monitor."""
+        """Is there nothing to take? For S4, which looks from outside the monitor; in doubt it says no."""
         words, layout = self._segment.words, self._segment.layout
-        lanes = range(layout.writers)
-        written = words[_column(layout.lane_block(0) + _layout.WRITE_POS, _layout.LANE_BYTES, layout.writers)].tolist()
-        read = words[_column(layout.cursor(0) + _layout.READ_POS, _layout.CURSOR_BYTES, layout.writers)].tolist()
-        if self._owed:
+        known = len(self._lanes)
+        if self._owed or (known < layout.writers and self._segment.map[layout.used_offset + known]):
             return False
-        return written == read or all(written[i] == read[i] or i in self._damaged for i in lanes)
+        return all(words[lane.write_pos] == lane.pos or lane.damage for lane in self._lanes)
+
+    def give_back(self, request: ReadRequest) -> None:
+        """An exception kept the answer to `request` from the caller: the next one gets it."""
+        words = self._segment.words
+        before, owed = request.owed
+        lost = owed if before is not self._owed else []
+        for read_pos, pos, messages in request.taken:
+            if words[read_pos] >= pos:
+                lost = lost + messages
+        if lost:
+            self.monitor.enter(GiveBack(lost))
+
+    def _take_owed(self, request: ReadRequest, most: int) -> list[bytes]:
+        before = self._owed
+        owed = before[:most]
+        request.owed = before, owed
+        self._owed = before[most:]
+        return owed
 
     def _claim(self) -> None:
         segment, layout = self._segment, self._segment.layout
@@ -556,19 +612,27 @@ class Reader:
             self._tried = False
             raise RingBusy(f"ring {segment.name!r} has a living reader, and was made for one (readers='one')")
         self._fence = segment.waker_fence()
-        for lane in range(layout.writers):
-            block = layout.lane_block(lane)
-            if segment.words[(block + _layout.WRITER_PARKED) >> 3] & 1:
-                segment.ring(block + _layout.WRITER_BELL)  # C1
         reader = layout.readers_offset
         self.parking = Parking(
             segment, reader + _layout.READER_PARKED, reader + _layout.READER_PARKS, reader + _layout.READER_BELL
         )
 
-    def _damage(self, lane: _Lane, pos: int, what: str) -> None:
-        """Leave this lane alone from now on, and say so once."""
-        self._damaged.add(lane.number)
-        raise RingCorrupted(
+    def _make_good(self) -> None:
+        """C1: the reader before, or this one before an exception, may have ended between R3 and R5."""
+        segment, layout = self._segment, self._segment.layout
+        if self._fence:
+            self._fence()
+        for number in range(layout.writers):
+            block = layout.lane_block(number)
+            if segment.words[(block + _layout.WRITER_PARKED) >> 3] & 1:
+                segment.ring(block + _layout.WRITER_BELL)
+        if self._owed and self.parking is not None:
+            self.parking.ring()
+
+    def _damaged(self, lane: _Lane, pos: int, what: str) -> RingCorrupted:
+        """Leave this lane alone from now on, which is to be said once."""
+        lane.damage = what
+        return RingCorrupted(
             f"ring {self._segment.name!r}: lane {lane.number} is damaged at position {pos:,}: {what}. "
             f"It is skipped from now on, the other lanes are read on"
         )
@@ -576,26 +640,34 @@ class Reader:
     def _look(self) -> list[_Lane]:
         """R1 for every lane: those that have something, the first to be served at the end."""
         layout, words, used = self._segment.layout, self._segment.words, self._segment.map
-        while used[layout.used_offset + len(self._lanes)]:
+        while len(self._lanes) < layout.writers and used[layout.used_offset + len(self._lanes)]:
             lane = _Lane(layout, len(self._lanes))
-            lane.load(words)
+            lane.pos, lane.count = words[lane.read_pos], words[lane.messages_out] & WORD >> 1
             self._lanes.append(lane)
-        capacity = layout.capacity
         turns = []
         for lane in self._lanes:
-            lane.end = words[lane.write_pos]
-            if lane.end != lane.pos and lane.number not in self._damaged:
-                if not lane.pos <= lane.end <= lane.pos + capacity or (lane.pos | lane.end) & 7:
-                    self._damage(lane, lane.pos, f"its write_pos is {lane.end:,} with a capacity of {capacity:,}")
+            lane.end = words[lane.write_pos]  # R1
+            if lane.end != lane.pos and not lane.damage:
+                self._check(lane, lane.pos)
                 turns.append(lane)
         if len(turns) > 1:
             turns.sort(key=lambda lane: (lane.number <= self._last, lane.number), reverse=True)
-        if self._segment.order:
-            self._segment.order()  # ORDER R1 before R2, else we copy what was there before the record
+        if self._order:
+            self._order()  # ORDER R1 before R2, else we copy what was there before the record
         return turns
 
+    def _check(self, lane: _Lane, pos: int) -> None:
+        """Raise RingCorrupted if the lane cannot have been published so far."""
+        capacity = self._segment.layout.capacity
+        if not pos <= lane.end <= pos + capacity or (pos | lane.end) & 7 or lane.end >= POSITIONS:
+            what = f"its write_pos is {lane.end:,}, which a capacity of {capacity:,} does not allow"
+            raise self._damaged(lane, pos, what)
+
     def _record(self, lane: _Lane, pos: int) -> tuple[int, int]:
-        """The position and size of the record at `pos`, after padding; position ``lane.end`` if there is none."""
+        """The position and size of the record at `pos`, after padding; position ``lane.end`` if there is none.
+
+        A size of -1 is damage: say `_bad_length` once everything before it has been handed over.
+        """
         capacity = self._segment.layout.capacity
         while pos != lane.end:
             offset = pos % capacity
@@ -606,8 +678,12 @@ class Reader:
             elif size <= room - RECORD_HEADER and record_bytes(size) <= room:
                 return pos, size
             else:
-                self._damage(lane, pos, f"a length of {size:,} where {room:,} bytes were published")
+                return pos, -1
         return pos, 0
+
+    def _bad_length(self, lane: _Lane, pos: int) -> RingCorrupted:
+        length = self._segment.words[(lane.first + pos % self._segment.layout.capacity) >> 3]
+        return self._damaged(lane, pos, f"a length of {length:,} where {lane.end - pos:,} bytes were published")
 
     def _run(self, lane: _Lane, pos: int, size: int, most: int) -> int:
         """How many records from `pos` on, at most `most`, have this `size`: at least 1. Costs one call in C."""
@@ -619,72 +695,74 @@ class Reader:
         sizes = self._segment.words[at >> 3 : (at + most * step) >> 3 : step >> 3].tolist()
         return most if sizes.count(size) == most else next(i for i, other in enumerate(sizes) if other != size)
 
-    def _free(self, lane: _Lane, pos: int, count: int, messages: Sequence[bytes]) -> None:
-        """R3 to R5: everything before `pos` is consumed, and `messages` are on their way to the caller."""
-        segment = self._segment
-        try:
-            if segment.order:
-                segment.order()  # ORDER R2 before R3, else the writer overwrites what is still being copied
-            segment.words[lane.read_pos] = pos  # R3
-            segment.words[lane.messages_out] = count
-            lane.pos, lane.count = pos, count
-            if self._fence:
-                self._fence()  # R4
-            self._ring(lane, pos)  # R5
-        except BaseException:
-            if segment.words[lane.read_pos] == pos:
-                self._owed.extend(messages)  # out of the ring already, so the next call gets them
-            raise
+    def _free(self, lane: _Lane, pos: int, count: int) -> None:
+        """R3 to R5: everything before `pos` is consumed."""
+        words = self._segment.words
+        if self._order:
+            self._order()  # ORDER R2 before R3, else the writer overwrites what is still being copied
+        words[lane.read_pos] = lane.pos = pos  # R3
+        words[lane.messages_out] = lane.count = count
+        if self._fence:
+            self._fence()  # R4
+        self._ring(lane, pos)  # R5
 
     def _ring(self, lane: _Lane, pos: int) -> None:
         """R5, when the lane's writer is asleep and has the room it waits for."""
         words = self._segment.words
         epoch = words[lane.parked]
         if epoch & 1 and epoch != lane.rung:
-            if self._segment.order:
-                self._segment.order()  # ORDER epoch before wanted, as they were stored
+            if self._order:
+                self._order()  # ORDER epoch before wanted, as they were stored
             if pos >= words[lane.wanted]:
                 self._segment.ring(lane.bell)
                 lane.rung = epoch
 
-    def _read_into(self, request: ReadInto) -> bytes | int | None:
+    def _read_one(self, request: ReadOne) -> bytes | int | None:
         segment, capacity = self._segment, self._segment.layout.capacity
-        owed, lane, body = self._owed, None, 0
-        if owed:
-            size = len(owed[0])
-        else:
-            for lane in reversed(self._look()):
-                pos, size = self._record(lane, lane.pos)
-                if pos != lane.end:
-                    break
-                self._free(lane, pos, lane.count, ())  # nothing but padding
-            else:
-                return None
+        if self._owed:
+            return self._read_owed(request)
+        for lane in reversed(self._look()):
+            pos, size = self._record(lane, lane.pos)
+            if size < 0:
+                raise self._bad_length(lane, pos)
+            if pos == lane.end:
+                self._free(lane, pos, lane.count)  # nothing but padding
+                continue
+            if size > request.room:
+                raise BufferTooSmall(segment.name, size, request.room)
             body = lane.first + pos % capacity + RECORD_HEADER
-        if size > request.room:
-            raise BufferTooSmall(segment.name, size, request.room)
-        message = owed[0] if lane is None else segment.map[body : body + size]  # R2
-        if request.view is not None:
-            request.view[:size] = message
-        if lane is None:
-            owed.popleft()
-        else:
+            message = segment.map[body : body + size]  # R2
+            if request.view is not None:
+                request.view[:size] = message
+            pos += record_bytes(size)
+            request.taken.append((lane.read_pos, pos, [message]))
             self._last = lane.number
-            self._free(lane, pos + record_bytes(size), lane.count + 1, (message,))
-        return message if request.view is None else size
+            self._free(lane, pos, lane.count + 1)
+            return message if request.view is None else size
+        return None
 
-    def _read_batch(self, most: int) -> list[bytes] | None:
-        segment, capacity = self._segment, self._segment.layout.capacity
-        messages = [*islice(self._owed, most)]
-        owed = len(messages)
+    def _read_owed(self, request: ReadOne) -> bytes | int:
+        message = self._owed[0]
+        if len(message) > request.room:
+            raise BufferTooSmall(self._segment.name, len(message), request.room)
+        if request.view is not None:
+            request.view[: len(message)] = message
+        self._take_owed(request, 1)
+        return message if request.view is None else len(message)
+
+    def _read_batch(self, request: ReadBatch) -> list[bytes] | None:
+        segment, capacity, most = self._segment, self._segment.layout.capacity, request.most
+        batch = self._take_owed(request, most) if self._owed else []
         taken = []
         for lane in reversed(self._look()):
-            pos, count, start = lane.pos, lane.count, len(messages)
-            while len(messages) < most:
+            pos, count = lane.pos, lane.count
+            messages: list[bytes] = []
+            size = 0
+            while len(batch) + len(messages) < most:
                 pos, size = self._record(lane, pos)
-                if pos == lane.end:
+                if pos == lane.end or size < 0:
                     break
-                run = self._run(lane, pos, size, most - len(messages))
+                run = self._run(lane, pos, size, most - len(batch) - len(messages))
                 at, nbytes = lane.first + pos % capacity, run * record_bytes(size)
                 if run > 1:
                     messages += split_run(segment.map[at : at + nbytes], size)  # R2
@@ -692,141 +770,139 @@ class Reader:
                     messages.append(segment.map[at + RECORD_HEADER : at + RECORD_HEADER + size])  # R2
                 pos += nbytes
                 count += run
-            taken.append((lane, pos, count, start, len(messages)))
-        for lane, pos, count, start, stop in taken:
+            if size < 0 and not batch and not messages:
+                raise self._bad_length(lane, pos)  # only once everything whole has been handed over
+            batch = batch + messages
+            taken.append((lane, pos, count))
+            request.taken.append((lane.read_pos, pos, messages))
+        for lane, pos, count in taken:
             self._last = lane.number
-            self._free(lane, pos, count, messages[start:stop])
-        for _ in range(owed):
-            self._owed.popleft()
-        return messages or None
+            self._free(lane, pos, count)
+        return batch or None
 
     def _serve(self, request: Any) -> Any:
         """Requests that are not for one message as it comes."""
         if type(request) is ReadBatch:
-            return self._read_batch(request.max_messages)
-        if type(request) is ReadInto:
-            return self._read_into(request)
+            return self._read_batch(request)
+        if type(request) is ReadOne:
+            return self._read_one(request)
         assert type(request) is GiveBack
-        self._owed.appendleft(request.message)
+        self._owed = self._owed + request.messages
+        self._make_good()
         return None
 
     def _steps(self) -> Generator[Any, Any, None]:
         segment, capacity = self._segment, self._segment.layout.capacity
-        words, ring, order = segment.words, segment.map, segment.order
-        used_offset = segment.layout.used_offset
-        answer: Any = None
+        words, ring, order = segment.words, segment.map, self._order
+        second_used = segment.layout.used_offset + 1 if segment.layout.writers > 1 else 0
         none = lane = _Lane(segment.layout, 0)
-        message: Any = None
+        turns: list[_Lane] = []
+        alone = False  # there is one lane in use, and it is `lane`: no need to go round
         # Of the lane that is being read: its words, and how far it is read, published and handed over.
-        write_pos = read_pos = messages_out = parked = next_used = 0
+        write_pos = read_pos = messages_out = parked = 0
         pos = end = given = count = base = last = 0
-        while True:
-            try:
-                message = yield answer
-                if self.parking is None:
-                    self._claim()
-                fence = self._fence
-                for known in self._lanes:
-                    known.load(words)
-                lane = none
-                turns: list[_Lane] = []
-                pos = end = 0
-                alone = False  # there is one lane in use: no need to go round
-                size = step = -1
-                while True:
-                    if message is not None:
-                        lane.pos, lane.count = pos, count
-                        lane, pos, turns, alone = none, end, [], False
-                        message = yield self._serve(message)
-                        continue
-                    if pos == end:
-                        if alone:
-                            end = words[write_pos]  # R1
-                            if order:
-                                order()  # ORDER R1 before R2, as in _look
-                            if pos == end:
-                                if ring[next_used]:
-                                    alone = False  # another lane is in use now
-                                else:
-                                    message = yield None
-                                continue
-                        else:
+        size = step = -1
+        message = yield
+        try:
+            if self.parking is None:
+                self._claim()
+            self._make_good()
+            fence = self._fence
+            for known in self._lanes:
+                known.pos, known.count = words[known.read_pos], words[known.messages_out] & WORD >> 1
+            while True:
+                if message is not None:
+                    lane.pos, lane.count = pos, count
+                    lane, pos, turns, alone = none, end, [], False
+                    message = yield self._serve(message)
+                    continue
+                if pos == end:
+                    if alone:
+                        end = words[write_pos]  # R1
+                        if order:
+                            order()  # ORDER R1 before R2, as in _look
+                        if second_used and ring[second_used]:
+                            alone = False  # another lane has come into use
+                        elif pos == end:
                             lane.pos, lane.count = pos, count
-                            lane = none
-                            if self._owed:
-                                message = yield self._owed.popleft()
-                                continue
+                            message = yield None
+                            continue
+                    if not alone:
+                        lane.pos, lane.count = pos, count
+                        lane, pos = none, end
+                        if self._owed:
+                            message, self._owed = self._owed[0], self._owed[1:]
+                            message = yield message
+                            continue
+                        if not turns:
+                            turns = self._look()
                             if not turns:
-                                turns = self._look()
-                                if not turns:
-                                    message = yield None
-                                    continue
-                            lane = turns.pop()
-                            self._last = lane.number
-                            alone, next_used = len(self._lanes) == 1, used_offset + len(self._lanes)
-                            pos = given = lane.pos
-                            end, count = lane.end, lane.count
-                            write_pos, read_pos, messages_out, parked = (
-                                lane.write_pos, lane.read_pos, lane.messages_out, lane.parked
-                            )  # fmt: skip
-                            base = pos - pos % capacity - lane.first  # the position of the segment's byte 0 in this lap
-                            last = lane.top - step  # up to here a record like the last one fits
-                    at = pos - base
-                    if end - pos == step and at <= last and words[at >> 3] == size:
-                        # One more like the last one, and that is all there is: the way of a message that is
-                        # awaited, written out for its latency.
-                        at += RECORD_HEADER
-                        message = ring[at : at + size]  # R2
-                        if order:
-                            order()  # ORDER R2 before R3, as in _free
-                        words[read_pos] = pos = end  # R3
-                        words[messages_out] = count = count + 1
-                        if fence:
-                            fence()  # R4
-                        if words[parked] & 1:
-                            self._ring(lane, pos)  # R5
-                        try:
-                            message = yield message
-                        finally:
-                            given = pos
-                        continue
-                    lane.end = end
-                    if not pos < end <= pos + capacity or end & 7:
-                        self._damage(lane, pos, f"its write_pos is {end:,} with a capacity of {capacity:,}")
+                                message = yield None
+                                continue
+                        lane = turns.pop()
+                        self._last = lane.number
+                        alone = len(self._lanes) == 1
+                        pos = given = lane.pos
+                        end, count = lane.end, lane.count
+                        write_pos, read_pos, messages_out, parked = (
+                            lane.write_pos, lane.read_pos, lane.messages_out, lane.parked
+                        )  # fmt: skip
+                        base = pos - pos % capacity - lane.first  # the position of the segment's byte 0 in this lap
+                        last = lane.top - step  # up to here a record like the last one fits
+                at = pos - base
+                if end - pos == step and at <= last and words[at >> 3] == size:
+                    # One more like the last one, and that is all there is: the way of a message that is
+                    # awaited, written out for its latency.
+                    at += RECORD_HEADER
+                    message = ring[at : at + size]  # R2
+                    if order:
+                        order()  # ORDER R2 before R3, as in _free
+                    words[read_pos] = pos = end  # R3
+                    words[messages_out] = count = count + 1
+                    if fence:
+                        fence()  # R4
+                    if words[parked] & 1:  # R5
+                        self._ring(lane, pos)
                     given = pos
-                    message = None
-                    pos, size = self._record(lane, pos)
-                    if pos == end:
-                        given = pos
-                        self._free(lane, pos, count, ())  # nothing but padding
-                        continue
-                    step = record_bytes(size)
-                    base = pos - pos % capacity - lane.first
-                    last = lane.top - step
-                    at = pos - base
-                    run = self._run(lane, pos, size, BURST)
-                    if run > 3:
-                        burst: Sequence[bytes] = split_run(ring[at : at + run * step], size)  # R2
-                    else:
-                        burst = (ring[at + RECORD_HEADER : at + RECORD_HEADER + size],)  # R2
-                    for message in burst:
-                        if order:
-                            order()  # ORDER R2 before R3, as in _free
-                        words[read_pos] = pos = pos + step  # R3
-                        words[messages_out] = count = count + 1
-                        if fence:
-                            fence()  # R4
-                        if words[parked] & 1:
-                            self._ring(lane, pos)  # R5
-                        try:
-                            message = yield message
-                        finally:
-                            given = pos
-                        if message is not None:
-                            break
-            except GeneratorExit:
-                return
-            except BaseException as error:
-                if lane is not none and words[lane.read_pos] != given and type(message) is bytes:
-                    self._owed.append(message)  # out of the ring, but it did not reach the caller
-                answer = Raised(error)
+                    message = yield message
+                    continue
+                lane.end = end
+                self._check(lane, pos)
+                pos, size = self._record(lane, pos)
+                if size < 0:
+                    raise self._bad_length(lane, pos)
+                if pos == end:
+                    given = pos
+                    self._free(lane, pos, count)  # nothing but padding
+                    continue
+                step = record_bytes(size)
+                base = pos - pos % capacity - lane.first
+                last = lane.top - step
+                at = pos - base
+                run = self._run(lane, pos, size, BURST)
+                if run > 3:
+                    burst: Sequence[bytes] = split_run(ring[at : at + run * step], size)  # R2
+                else:
+                    burst = (ring[at + RECORD_HEADER : at + RECORD_HEADER + size],)  # R2
+                for message in burst:
+                    if order:
+                        order()  # ORDER R2 before R3, as in _free
+                    words[read_pos] = pos = pos + step  # R3
+                    words[messages_out] = count = count + 1
+                    if fence:
+                        fence()  # R4
+                    if words[parked] & 1:  # R5
+                        self._ring(lane, pos)
+                    given = pos
+                    message = yield message
+                    if message is not None:
+                        break
+        except (GeneratorExit, BufferTooSmall, RingBusy):
+            raise
+        except BaseException:
+            if lane is not none and words[lane.read_pos] != given and type(message) is bytes:
+                self._owed = [*self._owed, message]  # out of the ring, but not handed over
+            # It may have come between R3 and R5. If another one comes here, the next operation does C1.
+            if self.parking is not None:
+                self._make_good()
+            raise

@@ -613,7 +613,7 @@ class Fleet:
             worker.control.send((function, args))
         answers: dict[Any, Any] = {}
         waiting: list[Any] = [worker.control for worker, *_ in jobs]
-        ends = {worker.process.sentinel: worker.process for worker in self._workers}
+        ends = [worker.process.sentinel for worker in self._workers]
         deadline = time.monotonic() + LIMIT
         while waiting:
             ready: list[Any] = connection.wait([*waiting, *ends], max(0.0, deadline - time.monotonic()))
@@ -621,10 +621,12 @@ class Fleet:
                 raise BenchError(f"no end after {LIMIT:g} seconds; was a message lost?")
             for control in ready:
                 if control in ends:
-                    ends[control].join()
-                    raise BenchError(f"a measured process died, exit code {ends[control].exitcode}")
+                    raise BenchError("a measured process died")
                 waiting.remove(control)
-                fine, answers[control] = control.recv()
+                try:
+                    fine, answers[control] = control.recv()
+                except EOFError:
+                    raise BenchError("a measured process died") from None
                 if not fine:
                     raise BenchError(answers[control])
         return [answers[worker.control] for worker, *_ in jobs]

@@ -7,6 +7,7 @@ import gc
 import itertools
 import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -36,8 +37,8 @@ def wait_until(condition, what="the condition"):
 
 
 def segments():
-    """The names of all rings' files."""
-    return {entry for entry in os.listdir("/dev/shm") if entry.startswith("shmring.")}
+    """The names of the files of this run's rings: other programs have theirs."""
+    return {entry for entry in os.listdir("/dev/shm") if entry.startswith(f"shmring.test-{os.getpid()}-")}
 
 
 def descriptors():
@@ -49,10 +50,52 @@ def descriptors():
     return {number: target for number, target in found.items() if not target.startswith("/proc/")}
 
 
+def namespaces(*flags):
+    """What has to stand before a command to run it in new Linux namespaces; skips where that is not allowed."""
+    errors = []
+    for command in (["unshare", *flags], ["unshare", "-r", *flags]):
+        try:
+            mount = [*command, "mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "/dev/shm"]
+            probe = subprocess.run(mount, stderr=subprocess.PIPE, text=True, timeout=DEADLINE)
+        except OSError as error:
+            errors.append(str(error))
+        else:
+            if probe.returncode == 0:
+                return command
+            errors.append(probe.stderr.strip())
+    pytest.skip(f"no namespaces here: {errors}")
+
+
 @pytest.fixture
 def name():
     """A ring's name that no other test uses."""
     return f"test-{os.getpid()}-{next(_numbers)}"
+
+
+@pytest.fixture
+def seed():
+    """What random tests begin with; printed with a failure, and SHMRING_SEED=... repeats it."""
+    number = int(os.environ.get("SHMRING_SEED") or random.randrange(1 << 32))
+    print(f"SHMRING_SEED={number}")
+    return number
+
+
+@pytest.fixture
+def in_time():
+    """A test of one thread that hangs fails after DEADLINE."""
+
+    late = []
+
+    def too_late(*_):
+        late.append(True)
+        raise AssertionError
+
+    before = signal.signal(signal.SIGALRM, too_late)
+    signal.setitimer(signal.ITIMER_REAL, DEADLINE)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+    assert not late, f"the test hung for {DEADLINE} s"
 
 
 class Children:
@@ -103,14 +146,20 @@ class Children:
         return process
 
     def python(self, code, *args, **kwargs):
-        """Start a Python that runs `code` (dedented), with its output in pipes, as text."""
+        """Start a Python that runs `code` (dedented), with its output in pipes, as text; `prefix` is a command before it."""
         env = dict(os.environ, PYTHONPATH=str(ROOT), **kwargs.pop("env", {}))
         process = subprocess.Popen(
-            [sys.executable, *kwargs.pop("options", []), "-c", textwrap.dedent(code), *map(str, args)],
+            [*kwargs.pop("prefix", []), sys.executable, *kwargs.pop("options", []), "-c", textwrap.dedent(code), *map(str, args)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kwargs,
         )  # fmt: skip
         self._others.append(process)
         return process
+
+    def output(self, process, status=0):
+        """Wait for a process that `python` started, which must end with `status`; what it printed."""
+        output, errors = process.communicate(timeout=DEADLINE * 2)
+        assert process.returncode == status, f"exit code {process.returncode}\n{output}{errors}"
+        return output
 
     def stop_all(self):
         for pid in list(self._forked):
@@ -146,10 +195,11 @@ def _stop_helpers_of_multiprocessing():
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left():
+def nothing_is_left(request):
     """No test leaves a segment, a descriptor, a thread or a child."""
     before = segments(), descriptors(), set(threading.enumerate())
     yield
+    request.node.funcargs.clear()  # pytest still holds what the fixtures gave
     gc.collect()
     _stop_helpers_of_multiprocessing()
     wait_until(lambda: set(threading.enumerate()) <= before[2], "the end of the test's threads")

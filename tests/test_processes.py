@@ -1,0 +1,1091 @@
+"""Several processes at one ring: by spawn, by fork, killed, stopped, interrupted, and in containers."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import re
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import threading
+import time
+
+import pytest
+from conftest import DEADLINE, namespaces, segments, wait_until
+
+from shmring import Ring, RingBusy, RingTimeout, unlink
+from shmring._backend import os_backend
+
+NUMBERED = struct.Struct("<IQ")  # writer, number
+
+
+def message(writer, number):
+    """A message that tells who wrote it, and whether it is whole; its size is different each time."""
+    size = number * 2654435761 % (1 << 32) % 900
+    return NUMBERED.pack(writer, number) + bytes([(writer + number) % 251]) * size
+
+
+class Account:
+    """Takes messages of many writers; each has to be whole, once, and in its writer's order."""
+
+    def __init__(self):
+        self.next = {}
+
+    def take(self, data):
+        writer, number = NUMBERED.unpack_from(data)
+        assert data == message(writer, number), f"message {number} of writer {writer} is damaged"
+        expected = self.next.setdefault(writer, 0)
+        assert number == expected, f"writer {writer}: {number} came instead of {expected}"
+        self.next[writer] += 1
+
+
+class Words:
+    """Words that a test's processes share, outside of any ring."""
+
+    def __init__(self, count=8):
+        self.map = mmap.mmap(-1, count * 8)
+        self.words = memoryview(self.map).cast("Q")
+
+    def __getitem__(self, index):
+        return self.words[index]
+
+    def __setitem__(self, index, value):
+        self.words[index] = value
+
+
+@pytest.fixture
+def endless(monkeypatch):
+    """No slices: nothing but the bells, deadlines and signals ends a wait. Forked children inherit it."""
+    monkeypatch.setattr(os_backend, "SLICE", None)
+
+
+@pytest.fixture
+def pipe():
+    """Makes pipes, which are closed after the test."""
+    made = []
+
+    def make():
+        made.extend(os.pipe())
+        return made[-2:]
+
+    yield make
+    for number in made:
+        os.close(number)
+
+
+def hear(descriptor, count=1):
+    """Read bytes from a pipe, in time."""
+    data = b""
+    while len(data) < count:
+        assert select.select([descriptor], [], [], DEADLINE)[0], f"nothing was said in {DEADLINE} s"
+        data += os.read(descriptor, count - len(data))
+    return data
+
+
+def kill(children, pid):
+    os.kill(pid, signal.SIGKILL)
+    assert children.join(pid) == -signal.SIGKILL
+
+
+def stop(pid):
+    os.kill(pid, signal.SIGSTOP)
+    assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
+
+
+def join_all(children, started):
+    for child in started:
+        if isinstance(child, int):
+            assert children.join(child) == 0
+        else:
+            child.join(DEADLINE * 2)
+            assert child.exitcode == 0
+
+
+def opens(name):
+    try:
+        Ring.open(name).close()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------- who writes what
+
+
+def write_numbered(ring, writer, count, batch=1):
+    for number in range(0, count, batch):
+        if batch == 1:
+            ring.write(message(writer, number))
+        else:
+            ring.write_many([message(writer, n) for n in range(number, min(number + batch, count))])
+
+
+def read_each(ring, count):
+    for _ in range(count):
+        yield ring.read(timeout=DEADLINE)
+
+
+def read_batches(ring, count):
+    while count:
+        batch = ring.read_many(100, timeout=DEADLINE)
+        count -= len(batch)
+        yield from batch
+
+
+def read_by_iteration(ring, count):
+    for _, data in zip(range(count), ring.messages(timeout=DEADLINE)):
+        yield data
+
+
+def read_into_buffer(ring, count):
+    buffer = bytearray(1000)
+    for _ in range(count):
+        yield bytes(buffer[: ring.read(buffer, timeout=DEADLINE)])
+
+
+READINGS = [read_each, read_batches, read_by_iteration, read_into_buffer]
+
+
+@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("capacity", [4096, 65536])
+def test_of_ten_writers_every_message_arrives_once_and_in_its_writers_order(
+    name, children, endless, reading, batch, capacity
+):
+    count = 400
+    with Ring.create(name, capacity, writers=10) as ring:
+        pids = [children.fork(write_numbered, ring, writer, count, batch) for writer in range(10)]
+        account = Account()
+        for data in reading(ring, 10 * count):
+            account.take(data)
+        join_all(children, pids)
+        assert account.next == {writer: count for writer in range(10)}
+        assert ring.try_read() is None
+        stats = ring.stats()
+        assert (stats.messages_in, stats.messages_out, stats.bytes_in) == (10 * count, 10 * count, stats.bytes_out)
+        assert stats.lanes_in_use == 0
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_of_ten_spawned_writers_every_message_arrives_once_and_in_its_writers_order(name, children, method):
+    count = 300
+    with Ring.create(name, 8192, writers=10) as ring:
+        started = [children.spawn(write_numbered, ring, writer, count, method=method) for writer in range(10)]
+        account = Account()
+        for data in ring.messages(timeout=DEADLINE):
+            account.take(data)
+            if sum(account.next.values()) == 10 * count:
+                break
+        join_all(children, started)
+        assert account.next == {writer: count for writer in range(10)}
+
+
+def test_a_spawned_reader_gets_what_forked_writers_write(name, children):
+    with Ring.create(name, 4096, writers=3) as ring:
+        reader = children.spawn(read_numbered, ring, {writer: 200 for writer in range(3)})
+        pids = [children.fork(write_numbered, ring, writer, 200) for writer in range(3)]
+        join_all(children, [*pids, reader])
+
+
+def read_numbered(ring, expected):
+    account = Account()
+    for data in read_each(ring, sum(expected.values())):
+        account.take(data)
+    assert account.next == expected
+
+
+def test_more_writers_than_lanes_are_refused_and_get_their_turn_later(name, children, pipe):
+    told, tell = pipe()
+    ready, say = pipe()
+    with Ring.create(name, writers=3) as ring:
+        def hold():
+            ring.write(b"held")
+            os.write(say, b"x")
+            os.read(told, 1)
+
+        pids = [children.fork(hold) for _ in range(3)]
+        hear(ready, 3)
+        with pytest.raises(RingBusy, match=r"3 lanes .*writers=3"):
+            ring.write(b"one too many")
+        os.write(tell, b"x")
+        wait_until(lambda: ring.stats().lanes_in_use == 2)
+        ring.write(b"now")
+        os.write(tell, b"xx")
+        join_all(children, pids)
+        assert sorted(ring.read_many()) == [b"held"] * 3 + [b"now"]
+
+
+def test_writers_come_and_go_one_after_another_on_four_lanes(name, children):
+    """300 of them: a third closes, a third just ends, a third is killed."""
+    with Ring.create(name, 4096, writers=4) as ring:
+        account = Account()
+
+        def write(writer):
+            mine = Ring.open(name)
+            write_numbered(mine, writer, 3)
+            if writer % 3 == 0:
+                mine.close()
+            elif writer % 3 == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            os._exit(0)
+
+        for writer in range(300):
+            status = children.join(children.fork(write, writer))
+            assert status == (-signal.SIGKILL if writer % 3 == 1 else 0)
+            if writer % 5 == 0:
+                for data in ring.read_many():
+                    account.take(data)
+        for data in ring.read_many():
+            account.take(data)
+        assert account.next == {writer: 3 for writer in range(300)}
+        assert ring.stats().lanes_in_use == 0
+
+
+def test_four_generations_of_writers_overlap_on_four_lanes(name, children, seed):
+    rng = random.Random(seed)
+    with Ring.create(name, 4096, writers=4) as ring:
+        account, pids, started = Account(), [], 0
+        while started < 80 or pids:
+            while started < 80 and len(pids) < 4:
+                pids.append(children.fork(write_numbered, ring, started, rng.randrange(1, 60)))
+                started += 1
+            for data in iter(ring.try_read, None):
+                account.take(data)
+            for pid in pids[:]:
+                status = children._poll(pid)
+                if status:
+                    assert status == (0,)
+                    pids.remove(pid)
+        for data in iter(ring.try_read, None):
+            account.take(data)
+        assert sorted(account.next) == list(range(80))
+        assert sum(account.next.values()) == ring.stats().messages_in
+
+
+# ---------------------------------------------------------------- asleep and awake
+
+
+def test_a_blocked_writer_is_woken_by_the_reader(name, children, endless):
+    with Ring.create(name, 4096, writers=1, spin=0) as ring:
+        pid = children.fork(write_numbered, ring, 1, 200)
+        account = Account()
+        for turn in range(200):
+            if turn % 10 == 0 and ring.stats().messages_in < 200:
+                wait_until(lambda: ring.stats().writers_parked or ring.stats().messages_in == 200)
+            account.take(ring.read(timeout=DEADLINE))
+        assert children.join(pid) == 0
+
+
+def test_a_blocked_reader_is_woken_by_each_of_several_writers(name, children, pipe, endless):
+    told, tell = pipe()
+    with Ring.create(name, 4096, writers=5, spin=0) as ring:
+        def read():
+            for data in ring:
+                os.write(tell, data)
+
+        def write_when_told(writer, ear):
+            while os.read(ear, 1) == b"x":
+                ring.write(b"%d" % writer)
+
+        reader = children.fork(read)
+        mouths, pids = [], []
+        for writer in range(5):
+            ear, mouth = pipe()
+            mouths.append(mouth)
+            pids.append(children.fork(write_when_told, writer, ear))
+        for writer in [0, 1, 2, 3, 4, 4, 3, 2, 1, 0, 0, 2, 4, 1, 3] * 4:
+            wait_until(lambda: ring.stats().readers_parked, "the reader's sleep")
+            os.write(mouths[writer], b"x")
+            assert hear(told) == b"%d" % writer
+        for mouth in mouths:
+            os.write(mouth, b".")
+        join_all(children, pids)
+        kill(children, reader)
+
+
+@pytest.mark.parametrize("spin", [0, None, 0.01])
+def test_ping_pong_between_two_processes(name, children, endless, spin):
+    with Ring.create(f"{name}-to", 4096, spin=spin) as to, Ring.create(f"{name}-back", 4096, spin=spin) as back:
+        pid = children.fork(echo, to, back, 2000)
+        for number in range(2000):
+            to.write(message(0, number))
+            assert back.read(timeout=DEADLINE) == message(0, number)
+        assert children.join(pid) == 0
+
+
+def echo(to, back, count):
+    for _ in range(count):
+        back.write(to.read(timeout=DEADLINE))
+
+
+def test_ping_pong_with_a_spawned_process(name, children):
+    with Ring.create(f"{name}-to", 4096) as to, Ring.create(f"{name}-back", 4096) as back:
+        process = children.spawn(echo, to, back, 500)
+        for number in range(500):
+            to.write(message(0, number))
+            assert back.read(timeout=DEADLINE) == message(0, number)
+        join_all(children, [process])
+
+
+def test_full_lanes_in_both_directions_block_nobody_for_good(name, children, endless):
+    """Each process has a thread that reads and one that writes, and lanes too small for what is under way."""
+    with Ring.create(f"{name}-to", 4096, spin=0) as to, Ring.create(f"{name}-back", 4096, spin=0) as back:
+        def both(mine, yours):
+            thread = threading.Thread(target=write_numbered, args=(mine, 1, 1000))
+            thread.start()
+            read_numbered(yours, {1: 1000})
+            thread.join(DEADLINE)
+            assert not thread.is_alive()
+
+        pid = children.fork(both, to, back)
+        both(back, to)
+        assert children.join(pid) == 0
+
+
+# ---------------------------------------------------------------- kill -9
+
+
+def stream(ring, acknowledged, batch, start):
+    """Write for ever; after each call, and not before, tell how far it has come."""
+    number = start
+    while True:
+        if batch == 1:
+            ring.write(message(1, number))
+        else:
+            ring.write_many([message(1, n) for n in range(number, number + batch)])
+        number += batch
+        acknowledged[0] = number
+
+
+@pytest.mark.parametrize("batch, capacity", [(1, 4096), (1, 1 << 20), (20, 65536)])
+def test_what_a_killed_writer_had_written_is_read_once_and_whole(name, children, seed, endless, batch, capacity):
+    rng = random.Random(seed)
+    with Ring.create(name, capacity, writers=1) as ring:
+        account = Account()
+        account.next[1] = 0
+        for _ in range(25):
+            acknowledged = Words()
+            start = acknowledged[0] = account.next[1]
+            pid = children.fork(stream, ring, acknowledged, batch, start)
+            for _ in range(rng.choice([0, 1, 3, rng.randrange(300)])):
+                account.take(ring.read(timeout=DEADLINE))
+            kill(children, pid)
+            with Ring.open(name) as successor:
+                end = acknowledged[0]
+                for data in iter(ring.try_read, None):
+                    account.take(data)
+                assert end <= account.next[1] <= end + batch
+                assert successor.try_write(message(1, account.next[1])), "its lane is free at once"
+                account.take(ring.read(timeout=DEADLINE))
+        assert ring.stats().bytes_in == ring.stats().bytes_out
+
+
+def test_a_reader_asleep_is_woken_by_the_successor_of_a_killed_writer(name, children, endless):
+    with Ring.create(name, 4096, writers=1, spin=0) as ring, Ring.open(name) as successor:
+        def die():
+            ring._segment.ring = lambda bell: os.kill(os.getpid(), signal.SIGKILL)
+            ring.write(b"")
+
+        def read():
+            assert ring.read() == b"1"
+            assert ring.read() == b"2"
+
+        reader = children.fork(read)
+        wait_until(lambda: ring.stats().readers_parked)
+        assert children.join(children.fork(die)) == -signal.SIGKILL
+        successor.write(b"1")
+        wait_until(lambda: ring.stats().readers_parked and ring.stats().messages_out == 1)
+        successor.write(b"2")
+        assert children.join(reader) == 0
+
+
+def consume(ring, acknowledged, how):
+    """Read for ever; after each message, and not before, tell which one is next."""
+    for data in iter(ring.read, None) if how == "read" else ring:
+        number = NUMBERED.unpack_from(data)[1]
+        assert data == message(1, number)
+        if acknowledged[1] == 0:
+            acknowledged[1] = number + 1  # the first one, plus 1
+        else:
+            assert number == acknowledged[0]
+        acknowledged[0] = number + 1
+
+
+@pytest.mark.parametrize("how", ["read", "iteration"])
+@pytest.mark.parametrize("capacity", [4096, 65536])
+def test_the_next_reader_goes_on_where_a_killed_one_was(name, children, seed, endless, how, capacity):
+    """One message may be gone: taken by the dead one, and not yet returned to its caller."""
+    rng = random.Random(seed)
+    with Ring.create(name, capacity, writers=1) as ring:
+        writer = children.fork(stream, ring, Words(), 1, 0)
+        following = 0
+        for _ in range(25):
+            acknowledged = Words()
+            pid = children.fork(consume, ring, acknowledged, how)
+            enough = rng.choice([1, 2, 20, rng.randrange(1, 400)])
+            wait_until(lambda words=acknowledged, least=enough: words[1] and words[0] - words[1] + 1 >= least)
+            kill(children, pid)
+            assert acknowledged[1] - 1 in (following, following + 1)
+            following = acknowledged[0]
+        kill(children, writer)
+        for data in iter(ring.try_read, None):
+            number = NUMBERED.unpack_from(data)[1]
+            assert number in (following, following + 1)
+            following = number + 1
+
+
+def test_a_writer_on_a_full_lane_is_woken_when_a_killed_readers_successor_frees_room(name, children, pipe, endless):
+    told, tell = pipe()
+    with Ring.create(name, 4096, writers=1, spin=0) as ring:
+        def read_one():
+            assert ring.read() == message(1, 0)
+            os.write(tell, b"x")
+            time.sleep(DEADLINE)
+
+        writer = children.fork(write_numbered, ring, 1, 100)
+        reader = children.fork(read_one)
+        hear(told)
+        wait_until(lambda: ring.stats().writers_parked)
+        with pytest.raises(RingBusy):
+            ring.try_read()
+        kill(children, reader)
+        account = Account()
+        account.next[1] = 1
+        for data in read_each(ring, 99):
+            account.take(data)
+        assert children.join(writer) == 0
+
+
+def test_a_reader_killed_before_it_rings_is_made_good_by_the_next_one(name, children, endless):
+    with Ring.create(name, 4096, writers=1, spin=0) as ring:
+        writer = children.fork(write_numbered, ring, 1, 100)
+        wait_until(lambda: ring.stats().writers_parked)
+
+        def die():
+            ring.try_read()  # the claim rings
+
+            ring._segment.ring = lambda bell: os.kill(os.getpid(), signal.SIGKILL)
+            while True:
+                ring.read()
+
+        assert children.join(children.fork(die)) == -signal.SIGKILL
+        taken = ring.stats().messages_out
+        wait_until(lambda: ring.stats().writers_parked)
+        first = NUMBERED.unpack_from(ring.read(timeout=DEADLINE))[1]
+        assert first - taken in (0, 1), "message counts may lag by one"
+        account = Account()
+        account.next[1] = first + 1
+        for data in read_each(ring, 99 - first):
+            account.take(data)
+        assert children.join(writer) == 0
+
+
+def test_readers_and_writers_killed_at_random_lose_nothing_acknowledged(name, children, seed, endless):
+    """Four writers that are killed and succeeded, one reader that is not."""
+    rng = random.Random(seed)
+    with Ring.create(name, 4096, writers=4) as ring:
+        words = Words()
+
+        def write(slot, start):
+            number = start
+            while True:
+                ring.write(message(slot, number))
+                number += 1
+                words[slot] = number
+
+        account = Account()
+        account.next = {slot: 0 for slot in range(4)}
+        pids = [children.fork(write, slot, 0) for slot in range(4)]
+        for _ in range(60):
+            for _ in range(rng.randrange(100)):
+                account.take(ring.read(timeout=DEADLINE))
+            slot = rng.randrange(4)
+            kill(children, pids[slot])
+            acknowledged = words[slot]
+            others = {other: words[other] for other in range(4)}
+            while any(account.next[other] < others[other] for other in range(4)):
+                account.take(ring.read(timeout=DEADLINE))
+            for data in ring.read_many() if account.next[slot] == acknowledged and ring.stats().messages_in else []:
+                account.take(data)
+            assert account.next[slot] - acknowledged in (0, 1)
+            words[slot] = account.next[slot]
+            pids[slot] = children.fork(write, slot, account.next[slot])
+        for pid in pids:
+            kill(children, pid)
+
+
+def test_a_ring_whose_processes_were_all_killed_counts_as_not_there(name, children, pipe):
+    ready, say = pipe()
+
+    def hold(make):
+        with make(name) as ring:
+            ring.write(b"unread")
+            os.write(say, b"x")
+            time.sleep(DEADLINE)
+
+    pids = [children.fork(hold, Ring.create)]
+    hear(ready)
+    pids += [children.fork(hold, Ring.open) for _ in range(2)]
+    hear(ready, 2)
+    for pid in pids:
+        assert opens(name)
+        kill(children, pid)
+    assert not opens(name)
+    with Ring.create(name) as ring:
+        assert ring.try_read() is None
+        assert opens(name)
+    assert f"shmring.{name}" not in segments()
+
+
+def test_a_kept_ring_and_its_messages_survive_that_everybody_was_killed(name, children):
+    def die():
+        ring = Ring.create(name, keep=True)
+        ring.write_many([b"1", b"2", b"3"])
+        assert ring.read() == b"1"
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert children.join(children.fork(die)) == -signal.SIGKILL
+    with pytest.raises(FileExistsError):
+        Ring.create(name)
+    with Ring.open(name) as ring:
+        assert ring.read_many() == [b"2", b"3"]
+        ring.unlink()
+
+
+# ---------------------------------------------------------------- stopped is not dead
+
+
+def test_a_stopped_writer_keeps_its_lane_and_goes_on_after_it(name, children, endless):
+    with Ring.create(name, 4096, writers=1) as ring, Ring.open(name) as late:
+        pid = children.fork(write_numbered, ring, 1, 3000)
+        account = Account()
+        for _ in range(5):
+            for data in read_each(ring, 100):
+                account.take(data)
+            stop(pid)
+            for data in iter(ring.try_read, None):
+                account.take(data)
+            for _ in range(20):
+                with pytest.raises(RingBusy):
+                    late.try_write(b"")
+                with pytest.raises(RingTimeout):
+                    ring.read(timeout=0.002)
+            os.kill(pid, signal.SIGCONT)
+        for data in read_each(ring, 3000 - account.next[1]):
+            account.take(data)
+        assert children.join(pid) == 0
+        late.write(b"")
+
+
+def test_a_stopped_reader_keeps_its_role_and_goes_on_after_it(name, children, endless):
+    with Ring.create(name, 4096, writers=1) as ring, Ring.open(name) as late:
+        pid = children.fork(read_numbered, ring, {1: 1000})
+        number = 0
+        for _ in range(5):
+            for _ in range(100):
+                ring.write(message(1, number), timeout=DEADLINE)
+                number += 1
+            stop(pid)
+            while ring.try_write(message(1, number)):
+                number += 1
+            with pytest.raises(RingBusy):
+                late.try_read()
+            with pytest.raises(RingTimeout):
+                ring.write(bytes(900), timeout=0.01)
+            os.kill(pid, signal.SIGCONT)
+        while number < 1000:
+            ring.write(message(1, number), timeout=DEADLINE)
+            number += 1
+        assert children.join(pid) == 0
+        assert late.try_read() is None
+
+
+def test_a_sleeper_that_is_stopped_and_continued_is_still_woken(name, children, endless):
+    with Ring.create(name, 4096, writers=1, spin=0) as ring:
+        pid = children.fork(read_numbered, ring, {1: 20})
+        for number in range(20):
+            wait_until(lambda: ring.stats().readers_parked)
+            stop(pid)
+            if number % 2:
+                ring.write(message(1, number))
+            os.kill(pid, signal.SIGCONT)
+            if not number % 2:
+                ring.write(message(1, number))
+            wait_until(lambda least=number: ring.stats().messages_out > least)
+        assert children.join(pid) == 0
+
+
+# ---------------------------------------------------------------- Ctrl-C
+
+
+WAITS = {
+    "read": lambda ring: ring.read(),
+    "read into": lambda ring: ring.read(bytearray(10)),
+    "read_many": lambda ring: ring.read_many(),
+    "iteration": lambda ring: next(iter(ring)),
+    "read with a timeout": lambda ring: ring.read(timeout=1e6),
+    "write": lambda ring: write_numbered(ring, 1, 1000),
+    "write_many": lambda ring: write_numbered(ring, 1, 1000, 50),
+    "open": lambda ring: Ring.open(ring.name + "-that-never-comes", timeout=None),
+}
+
+
+@pytest.mark.parametrize("threads", [0, 3], ids=["alone", "with threads"])
+@pytest.mark.parametrize("what", WAITS)
+def test_control_c_ends_a_wait_with_keyboard_interrupt_and_the_handle_works_on(name, children, pipe, what, threads):
+    ready, say = pipe()
+    with Ring.create(name, 4096, writers=2) as ring, Ring.open(name) as other:
+        def wait():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            done = threading.Event()
+            others = [threading.Thread(target=done.wait) for _ in range(threads)]
+            for thread in others:
+                thread.start()
+            try:
+                os.write(say, b"x")
+                WAITS[what](ring)
+            except KeyboardInterrupt:
+                pass
+            else:
+                raise AssertionError("it was not interrupted")
+            finally:
+                done.set()
+            for thread in others:
+                thread.join(DEADLINE)
+            if "write" in what:
+                assert not ring.try_write(bytes(4000))
+            elif what != "open":
+                assert ring.try_read() is None
+            ring.close()
+
+        pid = children.fork(wait)
+        hear(ready)
+        if what == "open":
+            threading.Event().wait(0.05)  # only makes it likelier that it waits
+        else:
+            wait_until(lambda: ring.stats().readers_parked or ring.stats().writers_parked)
+        os.kill(pid, signal.SIGINT)
+        assert children.join(pid) == 0
+        other.write(b"the others go on")
+        assert b"the others go on" in other.read_many()
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_control_c_at_random_moments_inside_read_loses_no_message_and_doubles_none(name, children, seed, reading):
+    rng = random.Random(seed)
+    inside = os.path.dirname(os_backend.__file__)
+    with Ring.create(name, 4096, writers=1) as ring:
+        words = Words()
+        armed = []
+
+        def interrupt(number, frame):
+            # Once `read` has returned the message is the caller's; only what is raised inside it is the ring's affair.
+            # And one at a time: a second one, while the first one's message is handed back, may lose it.
+            if armed and frame.f_code.co_filename.startswith(inside):
+                words[0] += 1
+                armed.clear()
+                raise KeyboardInterrupt
+
+        def read():
+            account = Account()
+            account.next[1] = 0
+            while account.next[1] < 3000:
+                armed.append(True)
+                try:
+                    for data in reading(ring, 3000 - account.next[1]):
+                        account.take(data)
+                except KeyboardInterrupt:
+                    pass
+
+        previous = signal.signal(signal.SIGINT, interrupt)  # inherited: there from the child's first moment
+        reader = children.fork(read)
+        signal.signal(signal.SIGINT, previous)
+        writer = children.fork(write_numbered, ring, 1, 3000)
+        status = None
+        while status is None:
+            time.sleep(rng.random() / 2000)
+            os.kill(reader, signal.SIGINT)
+            status = children._poll(reader)
+        assert status == (0,), f"after {words[0]} interrupts inside"
+        assert children.join(writer) == 0
+
+
+# ---------------------------------------------------------------- names and their end
+
+
+@pytest.mark.parametrize("order", [("ring", "child"), ("child", "ring")], ids="then".join)
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_the_last_close_in_any_process_removes_the_name(name, children, order, start):
+    ring = Ring.create(name)
+    back = Ring.create(f"{name}-back")
+    child = (children.fork if start == "fork" else children.spawn)(close_when_told, ring, back)
+    assert back.read(timeout=DEADLINE) == b"open"
+    closers = {"ring": ring.close, "child": lambda: (back_to.write(b"close"), join_all(children, [child]))}
+    with Ring.open(f"{name}-back-to", timeout=DEADLINE) as back_to:
+        closers[order[0]]()
+        assert opens(name) and f"shmring.{name}" in segments()
+        closers[order[1]]()
+        assert not opens(name) and f"shmring.{name}" not in segments()
+    back.close()
+
+
+def close_when_told(ring, back):
+    with Ring.create(f"{back.name}-to") as to:
+        back.write(b"open")
+        assert to.read(timeout=DEADLINE) == b"close"
+        ring.close()
+
+
+def test_a_process_that_ends_without_close_closes_by_itself(name, children):
+    thread = "import threading; threading.Thread(target=ring.stats).start()"
+    for code in ("pass", "raise SystemExit(0)", thread):
+        code = f"import sys; from shmring import Ring; ring = Ring.create(sys.argv[1]); {code}"
+        process = children.python(code, name)
+        children.output(process)
+        assert f"shmring.{name}" not in segments()
+
+
+def test_a_multiprocessing_child_that_was_the_last_holder_removes_the_name(name, children, pipe):
+    """A forked one leaves by os._exit, where atexit does not come."""
+    told, tell = pipe()
+    ring = Ring.create(name)
+    process = children.spawn(os.read, told, 1, method="fork")
+    ring.close()
+    assert opens(name)
+    os.write(tell, b"x")
+    join_all(children, [process])
+    assert f"shmring.{name}" not in segments()
+
+
+def test_the_last_close_of_two_processes_at_once_removes_the_name(name, children, pipe):
+    gate, opened = pipe()
+    ready, say = pipe()
+    for _ in range(150):
+        ring = Ring.create(name)
+
+        def close(ring=ring):
+            os.write(say, b"x")
+            os.read(gate, 1)
+            ring.close()
+
+        pids = [children.fork(close) for _ in range(3)]
+        ring.close()
+        hear(ready, 3)
+        os.write(opened, b"xxx")
+        join_all(children, pids)
+        assert f"shmring.{name}" not in segments()
+
+
+@pytest.mark.parametrize("with_unlink", [False, True], ids=["without unlink", "with unlink"])
+def test_processes_racing_for_one_name_get_no_error_but_the_documented_ones(name, children, seed, with_unlink):
+    def race(seed):
+        rng = random.Random(seed)
+        handles, end = [], time.monotonic() + 1
+        while time.monotonic() < end:
+            what = rng.randrange(6 if with_unlink else 5)
+            if what == 0 and len(handles) < 5:
+                try:
+                    handles.append(Ring.create(name, 4096, writers=2))
+                except FileExistsError:
+                    pass
+            elif what == 1 and len(handles) < 5:
+                try:
+                    handles.append(Ring.open(name))
+                except FileNotFoundError:
+                    pass
+            elif what == 2 and handles:
+                try:
+                    handles[-1].try_write(b"x")
+                except RingBusy:
+                    pass
+            elif what in (3, 4) and handles:
+                handles.pop(rng.randrange(len(handles))).close()
+            elif what == 5:
+                try:
+                    unlink(name)
+                except FileNotFoundError:
+                    pass
+        for handle in handles:
+            handle.close()
+
+    join_all(children, [children.fork(race, seed + number) for number in range(3)])
+    assert not opens(name)
+    assert f"shmring.{name}" not in segments()
+
+
+# ---------------------------------------------------------------- nobody idle works
+
+
+def idle_time(wait):
+    before = time.process_time()
+    with pytest.raises(RingTimeout):
+        wait()
+    return time.process_time() - before
+
+
+@pytest.mark.parametrize("what", ["reader", "writer"])
+def test_who_is_parked_uses_no_processor_time(name, children, what):
+    with Ring.create(name, 4096, writers=1) as ring:
+        def wait():
+            if what == "reader":
+                assert idle_time(lambda: ring.read(timeout=0.5)) < 0.005
+            else:
+                while ring.try_write(bytes(100)):
+                    pass
+                assert idle_time(lambda: ring.write(bytes(100), timeout=0.5)) < 0.005
+
+        assert children.join(children.fork(wait)) == 0
+
+
+def counted(monkeypatch, words, slot):
+    """Count in words that this process shares with others how often a handle rings and waits."""
+    segment = os_backend.Segment
+    ring, wait = segment.ring, segment.wait
+
+    def count_ring(self, bell):
+        words[slot] += 1
+        ring(self, bell)
+
+    def count_wait(self, bell, seen, deadline):
+        words[slot + 1] += 1
+        wait(self, bell, seen, deadline)
+
+    monkeypatch.setattr(segment, "ring", count_ring)
+    monkeypatch.setattr(segment, "wait", count_wait)
+
+
+def test_nobody_calls_the_system_while_nobody_sleeps(name, children, monkeypatch):
+    """The reader reads what is there, the writer writes where there is room: neither ever parks."""
+    words = Words()
+    with Ring.create(name, 1 << 20, writers=1) as ring:
+        assert ring.try_read() is None
+
+        def write():
+            counted(monkeypatch, words, 0)
+            write_numbered(ring, 1, 1500)
+            assert (words[0], words[1]) == (1, 0), "the claim rings"
+
+        assert children.join(children.fork(write)) == 0
+        counted(monkeypatch, words, 2)
+        read_numbered(ring, {1: 1500})
+        assert (words[2], words[3]) == (0, 0)
+        monkeypatch.undo()
+
+
+def test_each_sleep_is_ended_by_one_ring_of_each_writer(name, children, monkeypatch, endless):
+    words = Words()
+    with Ring.create(name, 4096, writers=2) as ring:
+        def write(slot):
+            counted(monkeypatch, words, slot)
+            write_numbered(ring, slot, 3000)
+
+        pids = [children.fork(write, slot) for slot in (0, 2)]
+        counted(monkeypatch, words, 4)
+        read_numbered(ring, {0: 3000, 2: 3000})
+        join_all(children, pids)
+        stats = ring.stats()
+        assert words[0] + words[2] <= 2 * stats.reader_parks + 2, "writers ring once for each sleep, and at the claim"
+        assert words[4] <= stats.writer_parks + 2, "the reader too"
+        assert words[5] <= stats.reader_parks and words[1] + words[3] <= stats.writer_parks
+        monkeypatch.undo()
+
+
+STREAM = """
+import os, sys
+from shmring import Ring
+count = 20_000
+name, together = sys.argv[1], sys.argv[2] == "together"
+ring = Ring.create(name, 1 << 16 if together else 4 << 20, writers=1)
+told, tell = os.pipe()
+done, do = os.pipe()
+pid = os.fork()
+if pid == 0:
+    ring.write(b"0")
+    os.write(do, b"x")
+    os.read(told, 1)
+    os.getpgid(0)
+    for number in range(count):
+        ring.write(b"x" * 64)
+    os.getpgid(0)
+    os.write(do, b"x")
+    os._exit(0)
+assert ring.read() == b"0"
+os.read(done, 1)
+os.write(tell, b"x")
+if not together:
+    os.read(done, 1)
+before = ring.stats()
+os.getpgid(0)
+for number in range(count):
+    ring.read()
+os.getpgid(0)
+assert os.waitpid(pid, 0)[1] == 0
+stats = ring.stats()
+print(stats.reader_parks + stats.writer_parks)
+ring.close()
+"""
+
+
+@pytest.fixture
+def strace(tmp_path):
+    if not shutil.which("strace"):
+        pytest.skip("strace is not installed")
+    probe = subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True, text=True, timeout=DEADLINE)
+    if probe.returncode:
+        pytest.skip(f"strace may not trace here: {probe.stderr.strip()}")
+    return tmp_path / "trace"
+
+
+def calls_between_marks(trace):
+    """The system calls of all processes between each one's two calls of getpgid."""
+    inside, calls = {}, []
+    for line in trace.read_text().splitlines():
+        pid, _, text = line.partition(" ")
+        call = re.match(r"\s*(\w+)\(", text)
+        if not call or "resumed>" in text:
+            continue
+        if call[1] == "getpgid":
+            inside[pid] = inside.get(pid, 0) + 1
+        elif inside.get(pid) == 1:
+            calls.append(call[1])
+    assert set(inside.values()) == {2}, inside
+    return calls
+
+
+def test_by_strace_no_system_call_is_made_for_a_message_while_both_sides_are_awake(name, children, strace):
+    process = children.python(STREAM, name, "in turn", prefix=["strace", "-f", "-o", str(strace)])
+    assert children.output(process).split() is not None
+    calls = calls_between_marks(strace)
+    assert len(calls) < 100, f"{len(calls)} calls for 20,000 messages: {sorted(set(calls))}"
+    assert not {"futex", "membarrier"} & set(calls)
+
+
+def test_by_strace_system_calls_are_as_many_as_sleeps(name, children, strace):
+    process = children.python(STREAM, name, "together", prefix=["strace", "-f", "-o", str(strace)])
+    parks = int(children.output(process))
+    calls = calls_between_marks(strace)
+    # For each: the fence, the sleep, the ring that ends it, and a look at the clock where that is a call.
+    wanted = [call for call in calls if call in ("futex", "membarrier", "write", "fcntl")]
+    assert len(wanted) <= 3 * parks + 20, f"{len(wanted)} calls for {parks} sleeps"
+
+
+# ---------------------------------------------------------------- containers
+
+
+REMOTE = """
+import os, sys
+from shmring import *
+from shmring import _backend
+_backend.os_backend.SLICE = None
+for line in sys.stdin:
+    try:
+        answer = eval(line)
+    except Exception as error:
+        answer = type(error)
+    print(repr(answer), flush=True)
+"""
+
+
+class Container:
+    """A Python that is process 1 of its PID namespace and does what it is told."""
+
+    def __init__(self, children):
+        flags = ("-p", "-f", "--mount-proc", "--kill-child")
+        self.process = children.python(REMOTE, prefix=namespaces(*flags))
+
+    def tell(self, expression):
+        self.process.stdin.write(expression + "\n")
+        self.process.stdin.flush()
+
+    def answer(self):
+        assert select.select([self.process.stdout], [], [], DEADLINE)[0], f"no answer in {DEADLINE} s"
+        return self.process.stdout.readline().strip()
+
+    def ask(self, expression):
+        self.tell(expression)
+        return self.answer()
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait(DEADLINE)
+
+
+@pytest.fixture
+def containers(children):
+    return [Container(children), Container(children)]
+
+
+def test_processes_of_two_containers_talk_sleep_and_wake_each_other(name, containers):
+    reader, writer = containers
+    assert reader.ask("os.getpid()") == writer.ask("os.getpid()") == "1"
+    assert reader.ask("os.readlink('/proc/self/ns/pid')") != writer.ask("os.readlink('/proc/self/ns/pid')")
+    assert "Ring" in reader.ask(f"globals().update(ring=Ring.create({name!r}, 4096, writers=1, spin=0)) or ring")
+    assert "Ring" in writer.ask(f"globals().update(ring=Ring.open({name!r}, spin=0)) or ring")
+    with Ring.open(name) as ring:
+        for turn in range(20):
+            reader.tell("ring.read()")
+            wait_until(lambda: ring.stats().readers_parked, "the reader's sleep")
+            assert writer.ask(f"ring.write(b'{turn}')") == "None"
+            assert reader.answer() == repr(b"%d" % turn)
+        for _ in range(10):
+            writer.tell("[ring.write(bytes(1000)) for _ in range(8)]")
+            wait_until(lambda: ring.stats().writers_parked, "the writer's sleep")
+            assert reader.ask("sum(len(ring.read()) for _ in range(8))") == "8000"
+            assert writer.answer() == repr([None] * 8)
+        assert reader.ask("ring.close()") == writer.ask("ring.close()") == "None"
+
+
+def test_claims_are_exclusive_across_containers_and_end_with_them(name, containers):
+    reader, writer = containers
+    with Ring.create(name, 4096, writers=1) as ring:
+        for container in containers:
+            assert "Ring" in container.ask(f"globals().update(ring=Ring.open({name!r})) or ring")
+        assert writer.ask("ring.write(b'1')") == "None"
+        assert "RingBusy" in reader.ask("ring.write(b'2')")
+        assert reader.ask("ring.try_read()") == repr(b"1")
+        assert "RingBusy" in writer.ask("ring.try_read()")
+        for take in (lambda: ring.try_write(b"3"), ring.try_read):
+            with pytest.raises(RingBusy):
+                take()
+        assert (ring.stats().lanes_in_use, ring.stats().readers) == (1, 1)
+        assert writer.ask("ring.write(b'2')") == "None"
+        writer.kill()
+        wait_until(lambda: ring.stats().lanes_in_use == 0, "the death of the writer")
+        ring.write(b"3")
+        assert reader.ask("ring.read()") == repr(b"2")
+        reader.kill()
+        wait_until(lambda: ring.stats().readers == 0, "the death of the reader")
+        assert ring.read() == b"3"
+
+
+def test_a_container_that_is_killed_in_its_sleep_leaves_the_ring_to_the_other(name, containers):
+    first, second = containers
+    with Ring.create(name, 4096, writers=1, spin=0) as ring:
+        for container in containers:
+            assert "Ring" in container.ask(f"globals().update(ring=Ring.open({name!r}, spin=0)) or ring")
+        first.tell("ring.read()")
+        wait_until(lambda: ring.stats().readers_parked)
+        first.kill()
+        wait_until(lambda: ring.stats().readers == 0, "the death of the reader")
+        second.tell("ring.read()")
+        wait_until(lambda: ring.stats().readers == 1 and ring.stats().readers_parked)
+        ring.write(b"for the second")
+        assert second.answer() == repr(b"for the second")
+        assert second.ask("ring.close()") == "None"
+
+
+def test_everybody_in_all_containers_gone_the_ring_is_gone(name, containers):
+    first, second = containers
+    assert "Ring" in first.ask(f"globals().update(ring=Ring.create({name!r})) or ring")
+    assert "Ring" in second.ask(f"globals().update(ring=Ring.open({name!r})) or ring")
+    first.kill()
+    assert second.ask("ring.write(b'1'), ring.read()") == repr((None, b"1"))
+    assert opens(name)
+    second.kill()
+    wait_until(lambda: not opens(name), "the end of the ring")
+    Ring.create(name).close()
+    assert f"shmring.{name}" not in segments()
