@@ -210,7 +210,6 @@ class Segment:
         self.map: mmap.mmap
         self.words: memoryview
         self.bells: memoryview
-        self.tso = TSO
         self._whole = False  # is `create` or `open` done?
         self._identity: tuple[int, int] | None = None  # of the file, in case somebody closed our descriptors
         self._children: dict[int, int] = {}  # by forking thread: the same descriptor for its child
@@ -353,6 +352,10 @@ class Segment:
             raise OSError(error.errno, what, self.name) from error
 
     # ------------------------------------------------------------ sleeping and waking
+
+    def order_fence(self) -> Fence:
+        """What keeps loads and stores in order, for one monitor; None where the machine does."""
+        return None if TSO else make_fence(TSO)
 
     def waker_fence(self) -> Fence:
         """What a waker does between publishing and looking for sleepers: nothing where sleepers do it for it."""

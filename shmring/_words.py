@@ -85,11 +85,11 @@ class Segment(Protocol):
     map: mmap.mmap
     words: memoryview
     bells: memoryview
-    tso: bool  # does the machine keep stores in order, and loads (x86-64)?
 
     def claim(self, byte: int) -> bool: ...
     def release(self, byte: int) -> None: ...
     def reserve(self, offset: int, nbytes: int) -> None: ...
+    def order_fence(self) -> Fence: ...
     def waker_fence(self) -> Fence: ...
     def sleeper_fence(self) -> bool: ...
     def ring(self, bell: int) -> None: ...
@@ -241,7 +241,7 @@ class Parking:
 
     def _steps(self) -> Generator[Any, Any, None]:
         words, bells, sleepers = self._segment.words, self._segment.bells, self._sleepers
-        order = None if self._segment.tso else make_fence(False)
+        order = self._segment.order_fence()
         parked = self._parked
         seen: int | None = None
         while True:
@@ -305,7 +305,7 @@ class Writer:
         self._lane = -1  # also while a claim is tried: an exception right after it must not lose it
         self._rung = 0  # the reader's epoch that this handle last rang
         self._fence: Fence = None
-        self._order: Fence = None if segment.tso else make_fence(False)
+        self._order = segment.order_fence()
         self.parking: Parking | None = None
         self.monitor = Monitor(self._steps)
 
@@ -561,7 +561,7 @@ class Reader:
         self._last = 0  # the lane that was served last
         self._owed: list[bytes] = []  # out of the ring, but not handed over; replaced, never changed
         self._fence: Fence = None
-        self._order: Fence = None if segment.tso else make_fence(False)
+        self._order = segment.order_fence()
         self._tried = False
         self.parking: Parking | None = None
         self.monitor = Monitor(self._steps)
