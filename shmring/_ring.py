@@ -335,7 +335,7 @@ class Ring:
         others is affected. The next process that reads takes up after the last one taken.
         """
         message: Any = None
-        spin_until: float | None = None
+        spin_until = deadline = None
         try:
             # A `for` and not a call of next(): between the two the interpreter (from 3.10 on) runs no
             # signal handler, whose exception would lose the message.
@@ -351,8 +351,8 @@ class Ring:
                 # Spin here, a few times faster than in _await: it is what a message waits for.
                 now = time.monotonic()
                 if spin_until is None:
-                    spin = self._read_spin.seconds()
-                    spin_until = now + (spin if timeout is None else min(timeout, spin))
+                    deadline = _deadline(timeout)
+                    spin_until = _earlier(now + self._read_spin.seconds(), deadline)
                 if now >= spin_until:
                     self._read_spin.learn(False)
                     break
@@ -365,8 +365,10 @@ class Ring:
             request = ReadOne(self.max_message)
         else:
             request = _read_into(buf, max_len)
+        if spin_until is None:
+            deadline = _deadline(timeout)
         try:
-            answer: bytes | int = self._await(request, timeout, spun=spin_until is not None)
+            answer: bytes | int = self._await(request, deadline, spun=spin_until is not None)
         except BaseException:
             self._reader.give_back(request)
             raise
@@ -412,7 +414,7 @@ class Ring:
             raise ValueError(f"max_messages is None or at least 1, not {max_messages!r}")
         request = ReadBatch(max_messages)
         try:
-            answer: list[bytes] = self._await(request, timeout)
+            answer: list[bytes] = self._await(request, _deadline(timeout))
         except BaseException:
             self._reader.give_back(request)
             raise
@@ -438,7 +440,7 @@ class Ring:
                     raise
             request = ReadOne(self.max_message)
             try:
-                message = self._await(request, timeout)
+                message = self._await(request, _deadline(timeout))
             except (RingClosed, RingTimeout):
                 return
             except BaseException:
@@ -458,9 +460,8 @@ class Ring:
         finally:
             self._messages = monitor.steps
 
-    def _await(self, request: ReadRequest, timeout: float | None, spun: bool = False) -> Any:
+    def _await(self, request: ReadRequest, deadline: float | None, spun: bool = False) -> Any:
         """The answer to a request, once there is one. Who calls gives it back if it gets an exception instead."""
-        deadline = _deadline(timeout)
         answer: Any = None
 
         def attempt() -> bool:
@@ -482,9 +483,7 @@ class Ring:
     def _spin_on(self, attempt: Callable[[], bool], spin: _Spin, deadline: float | None) -> None:
         """Attempt for a short time. When an attempt succeeds it ends; `_wait` then sees that at once."""
         now = time.monotonic()
-        until = now + spin.seconds()
-        if deadline is not None:
-            until = min(until, deadline)
+        until = _earlier(now + spin.seconds(), deadline)
         paid = False
         while now < until and not paid:
             paid = attempt()
@@ -651,6 +650,10 @@ def _deadline(timeout: float | None) -> float | None:
     if timeout != timeout:
         raise ValueError("timeout is a number of seconds or None, not a NaN")
     return None if timeout > 1e9 else time.monotonic() + max(timeout, 0)
+
+
+def _earlier(moment: float, deadline: float | None) -> float:
+    return moment if deadline is None else min(moment, deadline)
 
 
 def _check_spin(spin: float | None) -> float | None:

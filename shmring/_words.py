@@ -493,6 +493,7 @@ class Writer:
                         base = pos - at
                         stop = free - base
                         if wanted:
+                            data = None  # the caller's buffer is not ours to hold meanwhile
                             data = yield wanted
                             continue
                         end = at + step
@@ -510,8 +511,11 @@ class Writer:
                         fence()  # W4
                     if words[reader_parked] & 1:  # W5
                         self._ring()
+                    data = None
                     data = yield None
-                data = yield self._write_batch(data)
+                answer = self._write_batch(data)
+                data = None
+                data = yield answer
         except (GeneratorExit, MessageTooLarge, RingBusy):
             raise
         except BaseException:
@@ -585,7 +589,7 @@ class Reader:
         known = len(self._lanes)
         if self._owed or (known < layout.writers and self._segment.map[layout.used_offset + known]):
             return False
-        return all(words[lane.write_pos] == lane.pos or lane.damage for lane in self._lanes)
+        return all(lane.damage or words[lane.write_pos] in (lane.pos, words[lane.read_pos]) for lane in self._lanes)
 
     def give_back(self, request: ReadRequest) -> None:
         """An exception kept the answer to `request` from the caller: the next one gets it."""
@@ -797,6 +801,7 @@ class Reader:
         second_used = segment.layout.used_offset + 1 if segment.layout.writers > 1 else 0
         none = lane = _Lane(segment.layout, 0)
         turns: list[_Lane] = []
+        answer: list[Any] = []
         alone = False  # there is one lane in use, and it is `lane`: no need to go round
         # Of the lane that is being read: its words, and how far it is read, published and handed over.
         write_pos = read_pos = messages_out = parked = 0
@@ -814,7 +819,9 @@ class Reader:
                 if message is not None:
                     lane.pos, lane.count = pos, count
                     lane, pos, turns, alone = none, end, [], False
-                    message = yield self._serve(message)
+                    answer.append(self._serve(message))
+                    message = None  # the caller's buffer is not ours to hold meanwhile, nor is the answer
+                    message = yield answer.pop()
                     continue
                 if pos == end:
                     if alone:

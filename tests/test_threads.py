@@ -1,0 +1,257 @@
+"""Threads of one process on one handle: everything accounted for, and whoever waits is woken."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+from conftest import DEADLINE, wait_until
+
+from shmring import Ring, RingClosed, RingTimeout, _linux
+
+
+@pytest.fixture(autouse=True)
+def no_periodic_look(monkeypatch):
+    """The protocol alone has to wake who sleeps."""
+    monkeypatch.setattr(_linux, "SLICE", None)
+
+
+@pytest.fixture(params=[0.0, None], ids=["no spin", "spin"])
+def ring(name, request):
+    with Ring.create(name, 4096, writers=8, spin=request.param) as ring:
+        yield ring
+
+
+class Thread(threading.Thread):
+    """Hands its function's result, or exception, over at `result`."""
+
+    def __init__(self, function, *args, **kwargs):
+        super().__init__(daemon=True)
+        self._call = function, args, kwargs
+        self.start()
+
+    def run(self):
+        function, args, kwargs = self._call
+        try:
+            self._result = function(*args, **kwargs)
+        except BaseException as error:
+            self._result = error
+
+    def result(self):
+        self.join(DEADLINE)
+        assert not self.is_alive(), "a thread is stuck"
+        return self._result
+
+
+def parked(ring, readers=0, writers=0):
+    wait_until(lambda: ring.stats().readers_parked >= readers and ring.stats().writers_parked >= writers, "parking")
+
+
+# ---------------------------------------------------------------- everything accounted for
+
+
+@pytest.mark.parametrize("writers, readers", [(4, 1), (1, 4), (3, 3)])
+def test_threads_share_a_handle_and_everything_is_accounted_for(ring, writers, readers):
+    number, size = 1500, 100
+
+    def write(writer):
+        for i in range(number):
+            ring.write(b"%d %d" % (writer, i) + bytes(i % size))
+
+    def read():
+        got = []
+        while (message := ring.read()) != b"end":
+            got.append(message)
+        return got
+
+    reading = [Thread(read) for _ in range(readers)]
+    for thread in [Thread(write, writer) for writer in range(writers)]:
+        assert thread.result() is None
+    for _ in reading:
+        ring.write(b"end")
+    got = [thread.result() for thread in reading]
+    expected = {b"%d %d" % (writer, i) + bytes(i % size) for writer in range(writers) for i in range(number)}
+    assert sorted(message for some in got for message in some) == sorted(expected)
+    for some in got:  # each writer's messages come in their order, to each reader
+        numbers = [tuple(map(int, message.rstrip(b"\0").split())) for message in some]
+        for writer in range(writers):
+            of_this = [i for w, i in numbers if w == writer]
+            assert of_this == sorted(of_this)
+
+
+def test_threads_write_and_read_many_at_once(ring):
+    def write(writer):
+        for start in range(0, 3000, 100):
+            assert ring.write_many([b"%d %d" % (writer, i) for i in range(start, start + 100)]) == 100
+
+    def read():
+        while True:
+            got.extend(ring.read_many())
+            if len(got) == 6000:
+                return
+
+    got = []
+    reading = Thread(read)
+    for thread in [Thread(write, writer) for writer in range(2)]:
+        assert thread.result() is None
+    assert reading.result() is None
+    assert sorted(got) == sorted(b"%d %d" % (writer, i) for writer in range(2) for i in range(3000))
+
+
+def test_a_ping_pong_of_sleepers_loses_no_wake_up(name):
+    with Ring.create(name, 4096, spin=0) as there, Ring.create(name + "-back", 4096, spin=0) as back:
+
+        def answer():
+            for message in there:
+                back.write(message)
+
+        thread = Thread(answer)
+        for i in range(2000):
+            there.write(b"%d" % i)
+            assert back.read(timeout=DEADLINE) == b"%d" % i
+        there.close()
+        assert thread.result() is None
+
+
+def test_a_writer_that_waits_for_room_for_long_messages_is_woken_each_time(ring):
+    messages = [bytes([i]) * (1 + i * 523 % 4088) for i in range(250)]
+
+    def write():
+        for message in messages:
+            ring.write(message)
+
+    thread = Thread(write)
+    assert [ring.read(timeout=DEADLINE) for _ in messages] == messages
+    assert thread.result() is None
+
+
+# ---------------------------------------------------------------- waking
+
+
+def test_close_wakes_a_blocked_read_and_a_blocked_write(ring):
+    ring_b = Ring.open(ring.name)
+    calls = [
+        lambda: ring.read(), lambda: ring.read(bytearray(9)), lambda: ring.read_many(), lambda: ring.read(timeout=1e6),
+    ]  # fmt: skip
+    readers = [Thread(call) for call in calls]
+    parked(ring, readers=1)
+    wait_until(lambda: ring.stats().reader_parks >= 4, "parking of all")
+    ring.close()
+    assert [type(thread.result()) for thread in readers] == [RingClosed] * 4
+    ring_b.write(bytes(4000))
+    writers = [Thread(ring_b.write, bytes(4000)), Thread(ring_b.write_many, [bytes(4000)] * 2)]
+    parked(ring_b, writers=1)
+    wait_until(lambda: ring_b.stats().writer_parks >= 2, "parking of all")
+    ring_b.close()
+    assert [type(thread.result()) for thread in writers] == [RingClosed] * 2
+
+
+def test_a_loop_ends_quietly_when_another_thread_closes_the_handle(ring):
+    thread = Thread(lambda: list(ring))
+    ring.write(b"1")
+    ring.write(b"2")
+    wait_until(lambda: ring.stats().messages_out == 2 and ring.stats().readers_parked, "parking")
+    ring.close()
+    assert thread.result() == [b"1", b"2"]
+
+
+def test_nobody_waits_for_a_thread_that_sleeps(ring):
+    thread = Thread(ring.read)
+    parked(ring, readers=1)
+    assert ring.try_read() is None
+    with pytest.raises(RingTimeout):
+        ring.read(timeout=0)
+    with pytest.raises(RingTimeout):
+        ring.read_many(timeout=0.01)
+    ring.write(b"x")
+    assert thread.result() == b"x"
+
+    ring.write(bytes(4000))
+    thread = Thread(ring.write, bytes(3000))
+    parked(ring, writers=1)
+    assert not ring.try_write(bytes(3001))
+    assert ring.try_write(bytes(8))  # there is room for this one
+    with pytest.raises(RingTimeout):
+        ring.write_many([bytes(3002)], timeout=0.01)
+    assert ring.read() == bytes(4000)
+    assert thread.result() is None
+    assert sorted(map(len, ring.read_many())) == [8, 3000]
+
+
+def test_threads_that_wait_have_deadlines_of_their_own(ring):
+    patient = Thread(ring.read)
+    hasty = [Thread(ring.read, timeout=timeout) for timeout in (0.01, 0.02, 0.03)]
+    assert [type(thread.result()) for thread in hasty] == [RingTimeout] * 3
+    assert patient.is_alive()
+    ring.write(b"x")
+    assert patient.result() == b"x"
+
+
+def test_every_sleeping_thread_gets_its_message(ring):
+    threads = [Thread(ring.read) for _ in range(8)]
+    wait_until(lambda: ring.stats().reader_parks >= 8, "parking of all")
+    other = Ring.open(ring.name)
+    for i in range(8):
+        other.write(b"%d" % i)
+    assert sorted(thread.result() for thread in threads) == [b"%d" % i for i in range(8)]
+    other.close()
+
+
+def test_handles_that_are_closed_under_running_threads_end_them(name):
+    """Whatever a thread is doing, it gets RingClosed, and close returns."""
+    for turn in range(30):
+        ring = Ring.create(name, 4096)
+
+        def stream(ring=ring, turn=turn):
+            try:
+                while True:
+                    ring.write(b"x" * turn), ring.try_read(), ring.write_many([b"y"] * 3), ring.read_many()
+            except RingClosed:
+                return "closed"
+
+        threads = [Thread(stream) for _ in range(3)]
+        wait_until(lambda ring=ring: ring.stats().messages_out > 20, "messages")
+        ring.close()
+        assert [thread.result() for thread in threads] == ["closed"] * 3
+
+
+# ---------------------------------------------------------------- Ctrl-C
+
+
+@pytest.mark.parametrize("block", ["read", "read_many", "loop", "write"])
+@pytest.mark.parametrize("others", [0, 3])
+def test_ctrl_c_ends_a_wait_also_with_other_threads_about(name, block, others, monkeypatch):
+    monkeypatch.setattr(_linux, "SLICE", 0.2)  # a signal just before the system call is noticed only then
+    with Ring.create(name, 4096, spin=0) as ring:
+        calls = {
+            "read": lambda: ring.read(timeout=DEADLINE),
+            "read_many": lambda: ring.read_many(timeout=DEADLINE),
+            "loop": lambda: list(ring.messages(timeout=DEADLINE)),
+            "write": lambda: ring.write(bytes(4000), timeout=DEADLINE),
+        }
+        if block == "write":
+            ring.write(bytes(4000))
+        about = [Thread(calls[block]) for _ in range(others)]
+
+        def interrupt():
+            if block == "write":
+                wait_until(lambda: ring.stats().writer_parks > others, "parking")
+            else:
+                wait_until(lambda: ring.stats().reader_parks > others, "parking")
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+        interrupting = Thread(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            calls[block]()
+        assert interrupting.result() is None
+        assert all(thread.is_alive() for thread in about)
+        if block == "write":
+            assert ring.read() == bytes(4000)
+            assert ring.stats().messages_in >= 1
+        else:
+            ring.write(b"still works")
+            assert others or ring.read() == b"still works"
+        ring.close()
+        for thread in about:
+            thread.result()
