@@ -112,10 +112,15 @@ class Monitor:
             except ValueError as error:
                 if error.args != BUSY:
                     raise
-                self._let_go(steps)
+                self._let_go()
 
     def close(self) -> None:
-        """End the generator once nobody is inside. Closing again does nothing."""
+        """End the generator once nobody is inside. Closing again does nothing.
+
+        Raises:
+            RuntimeError: As `enter`; it is not closed then.
+        """
+        self.refuse_reentry()
         self._closed = True
         while True:
             steps = self.steps
@@ -124,7 +129,7 @@ class Monitor:
             except ValueError as error:
                 if error.args != BUSY:
                     raise
-                self._let_go(steps)
+                self._let_go()
             else:
                 if steps is self.steps:
                     self._function = _no_steps  # the old one may be a method of who has this monitor: a cycle
@@ -138,9 +143,9 @@ class Monitor:
             self.steps.close()
             raise MonitorClosed
 
-    def _let_go(self, steps: Any) -> None:
-        """Let the thread that is inside go on, unless it is this one."""
-        inside = steps.gi_frame
+    def refuse_reentry(self) -> None:
+        """Raise RuntimeError if this thread is inside, further up its stack."""
+        inside = self.steps.gi_frame
         frame: Any = sys._getframe()
         while frame is not None:
             if frame is inside:
@@ -148,4 +153,8 @@ class Monitor:
                     "a ring was used by a thread that is inside an operation on it already (from a signal handler?)"
                 ) from None
             frame = frame.f_back
+
+    def _let_go(self) -> None:
+        """Let the thread that is inside go on, unless it is this one."""
+        self.refuse_reentry()
         time.sleep(0)

@@ -624,6 +624,8 @@ def _ending(writer: Writer, reader: Reader, segment: Segment) -> Generator[None,
     while True:
         request = yield
         if request == "close":
+            writer.refuse_reentry()  # all or nothing
+            reader.refuse_reentry()
             writer.close()
             reader.close()
             segment.close()

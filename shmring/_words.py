@@ -279,6 +279,10 @@ class Parking:
         """Have this handle's own threads look again."""
         self._segment.ring(self._bell)
 
+    def refuse_reentry(self) -> None:
+        """Raise RuntimeError if this thread is inside, further up its stack."""
+        self._monitor.refuse_reentry()
+
     def close(self) -> None:
         """Wake this handle's threads, and never write the words again."""
         try:
@@ -319,6 +323,12 @@ class Writer:
         """How far the reader has come in the claimed lane, in bytes."""
         cursor = self._segment.layout.cursor(self._lane)
         return int(self._segment.words[(cursor + _layout.READ_POS) >> 3])
+
+    def refuse_reentry(self) -> None:
+        """Raise RuntimeError if this thread is inside, further up its stack."""
+        self.monitor.refuse_reentry()
+        if self.parking is not None:
+            self.parking.refuse_reentry()
 
     def close(self) -> None:
         """Wait until no thread is inside, end it, and give the lane back."""
@@ -574,6 +584,12 @@ class Reader:
     def claimed(self) -> bool:
         """Is the reader's role ours?"""
         return self.parking is not None
+
+    def refuse_reentry(self) -> None:
+        """Raise RuntimeError if this thread is inside, further up its stack."""
+        self.monitor.refuse_reentry()
+        if self.parking is not None:
+            self.parking.refuse_reentry()
 
     def close(self) -> None:
         """Wait until no thread is inside, end it, and give the role back."""

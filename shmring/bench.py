@@ -939,7 +939,8 @@ def run_latency(bench: Bench, pair: Pair) -> None:
 
 def about(label: str, size: int) -> dict[str, int]:
     """What belongs to every result about messages of this size."""
-    return {"size": size, "capacity": CAPACITY[size], "batch": BATCH[size]} if label.startswith(OURS) else {"size": size}
+    ring = {"capacity": CAPACITY[size], "batch": BATCH[size]} if label.startswith(OURS) else {}
+    return {"size": size, **ring}
 
 
 def run_throughput(bench: Bench, pair: Pair) -> None:
@@ -1174,7 +1175,9 @@ def draw_panel(body: list[str], top: int, results: list[Result], title: str, uni
             end = LEFT + (RIGHT - LEFT) * (math.log10(result.median) - low) / (high - low)
             color = PALETTE[WAYS.index(result.who)]
             bars.append(f'<rect x="{LEFT}" y="{y}" width="{end - LEFT:.1f}" height="{BAR - 2}" fill="{color}"/>')
-            value = f"{rate(result.median)}{unit}, {digits(result.more['GB/s'])} GB/s" if unit else digits(result.median)
+            value = digits(result.median)
+            if unit:
+                value = f"{rate(result.median)}{unit}, {digits(result.more['GB/s'])} GB/s"
             bars.append(words(end + 5, y + BAR - 4, value, 'font-size="11"'))
             y += BAR
         y += 10

@@ -50,10 +50,11 @@ def planted(tmp_path, code):
 def test_it_goes_through_all_parts_and_tells_everything(run, tmp_path):
     code, out, err = run("--smoke", "--json", tmp_path / "b.json", "--svg", tmp_path / "b.svg")
     assert code == 0, err
-    for told in (f"shmring {__version__}", "CPython", "GIL", "cores: ", "membarrier", "LATENCY", "THROUGHPUT", "CLIENTS"):
+    for told in (f"shmring {__version__}", "CPython", "GIL", "cores: ", "linux: futex", "GOALS", "a ring of 1 MiB"):
         assert told in out
-    for told in ("2 idle seconds", "client 10", "beyond the lanes", "found the reader asleep", "GOALS", "a ring of 1 MiB"):
+    for told in ("LATENCY", "THROUGHPUT", "CLIENTS", "2 idle seconds", "client 10", "beyond the lanes"):
         assert told in out
+    assert "messages found the reader asleep" in out
     assert "measuring 64 B, blocking" in err
 
     told = json.loads((tmp_path / "b.json").read_text())
@@ -144,7 +145,7 @@ FLIP = """
         ("throughput", "read", "_calls[0] == 7"),
         ("throughput", "read", "_calls[0] == 1500 and len(message) == 64"),
         ("throughput", "read", "len(message) > 70000 and _calls[0] % 3 == 0"),
-        ("clients", "read", "_calls[0] == 30"),
+        ("clients", "read", "_calls[0] >= 30"),
     ],
 )
 def test_a_wrong_message_ends_in_exit_code_1(part, method, when, run, tmp_path):

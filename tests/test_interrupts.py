@@ -29,7 +29,8 @@ class Bursts:
         self.count = 0
 
     def fire(self):
-        signal.setitimer(signal.ITIMER_REAL, self.random.uniform(2e-6, 150e-6))
+        # Mostly soon, and now and then so late that even a long operation gets to its end.
+        signal.setitimer(signal.ITIMER_REAL, self.random.uniform(2e-6, self.random.choice([150e-6, 20e-3])))
 
     def _handler(self, *_):
         handle, self.handle = self.handle, None  # once, until it is armed again
@@ -123,7 +124,7 @@ READS = {
     "read max_len": lambda ring, timeout: [ring.read(max_len=1 << 20, timeout=timeout)],
     "read_many": lambda ring, timeout: ring.read_many(timeout=timeout),
     "read_many(3)": lambda ring, timeout: ring.read_many(3, timeout=timeout),
-    "try_read": lambda ring, timeout: [one for one in [ring.try_read()] if one is not None],
+    "try_read": lambda ring, timeout: [one] if (one := ring.try_read()) is not None else [],
 }
 
 

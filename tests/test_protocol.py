@@ -243,22 +243,22 @@ def writer(messages=1, lane=0, capacity=1, claims=False):
         PARK, me="writer", announce="[writer_wanted{lane}] = wanted", look="S4 free = [read_pos{lane}]\nif free >= wanted: awake"
     )  # fmt: skip
     used = "\n".join(f"[lane_used{number}] = 1" for number in range(lane + 1))
-    start = "" if claims else "goto next"
+    start = "" if claims else "goto known"
     return fill(WRITER, park=park, messages=messages, start=start, used=used, lane=lane, capacity=capacity)
 
 
-def reader(messages=9, lanes=1, capacity=1, claims=False):
-    """A process that reads up to so many messages; it has the role and knows lane 0, or claims first."""
+def reader(messages=9, lanes=1, capacity=1, claims=False, known=1, park=PARK):
+    """A process that reads up to so many messages; it has the role and knows so many lanes, or claims first."""
     return fill(
         READER,
         messages=messages,
-        start="" if claims else "used0 = 1\ngoto next",
+        start="" if claims else each(known, "used{lane} = 1\n") + "goto known",
         made_good=each(lanes, MADE_GOOD),
         known=each(lanes, "pos{lane} = [read_pos{lane}]\n"),
         looked=each(lanes, LOOKED),
         nothing=" and ".join(f"pos{lane} == end{lane}" for lane in range(lanes)),
         taken=each(lanes, TAKEN, capacity=capacity),
-        park=fill(PARK, me="reader", lane="", announce="", look=each(lanes, LOOKED_AGAIN)),
+        park=fill(park, me="reader", lane="", announce="", look=each(lanes, LOOKED_AGAIN)),
     )
 
 
@@ -292,41 +292,68 @@ def scenario(programs, lanes=1, capacity=1, start=None, **events):
     cells = {f"record{lane}": [0] * capacity for lane in range(lanes)}
     cells["lane_used0"] = 1
     for i, (name, program) in enumerate(programs.items()):
-        if "goto next" in program[:60]:
+        if "goto known" in program[:100]:
             cells[name] = i + 1
     return Scenario(programs, {**cells, **(start or {})}, events)
 
 
+TWO_WRITERS = {"writer0": writer(), "writer1": writer(lane=1), "reader": reader(lanes=2, known=2)}
+NEW_LANE = {"writer1": writer(lane=1, claims=True), "reader": reader(lanes=2)}
+BOTH_USED = {"lane_used1": 1}
+
+FULL = {"record0": [1], "write_pos0": 1, "acked0": 1}
+
 SCENARIOS = {
     "both sides sleep": scenario({"writer0": writer(2), "reader": reader()}, early=1),
     "one of both dies": scenario({"writer0": writer(2), "reader": reader()}, halts=1),
-    "a new lane": scenario({"writer0": writer(), "writer1": writer(lane=1, claims=True), "reader": reader(lanes=2)}, 2),
-    "a new lane, and one dies": scenario(
-        {"writer0": writer(), "writer1": writer(lane=1, claims=True), "reader": reader(lanes=2)}, 2, halts=1
-    ),
-    "a writer dies and another comes": scenario(
-        {"writer0": writer(capacity=2), "writer0 b": writer(capacity=2, claims=True), "reader": reader(capacity=2)}, capacity=2, halts=1, mortal=["writer0"]
-    ),
-    "a reader dies and another comes": scenario(
-        {"writer0": writer(2), "reader": reader(), "reader b": reader(claims=True)}, halts=1, mortal=["reader"]
-    ),
     "a reader that gives up": scenario({"writer0": writer(2), "reader": reader(1)}, early=1),
-    "an exception in a writer": scenario({"writer0": writer(2), "reader": reader()}, raises=1),
+    "two writers": scenario(TWO_WRITERS, 2, start=BOTH_USED),
+    "two writers, and one dies": scenario(TWO_WRITERS, 2, start=BOTH_USED, halts=1),
+    "a new lane": scenario(NEW_LANE, 2, halts=1, early=1),
+    "a writer comes after a dead one": scenario(
+        {"writer0": writer(capacity=2), "writer0 b": writer(capacity=2, claims=True), "reader": reader(capacity=2)},
+        capacity=2, halts=1, mortal=["writer0"],
+    ),
+    "a writer comes after a dead one that slept": scenario(
+        {"writer0": writer(), "writer0 b": writer(claims=True), "reader": reader()}, start=FULL, halts=1, mortal=["writer0"]
+    ),
+    "a reader comes after a dead one": scenario(
+        {"writer0": writer(), "reader": reader(), "reader b": reader(claims=True)}, start=FULL, halts=1, mortal=["reader"]
+    ),
+    "an exception in a writer": scenario({"writer0": writer(2, capacity=2), "reader": reader(capacity=2)}, capacity=2, raises=1),
     "an exception in a reader": scenario({"writer0": writer(2), "reader": reader(1)}, raises=1),
     "two threads read": scenario(
-        {"writer0": writer(2, capacity=2), "reader a": reading_thread(0), "reader b": reading_thread(1)}, capacity=2, early=1
+        {"writer0": writer(2, capacity=2), "reader a": reading_thread(0), "reader b": reading_thread(1)}, capacity=2
     ),
     "two threads write": scenario(
         {"writer0 a": writing_thread(0, 2), "writer0 b": writing_thread(1, 1), "reader": reader(1, capacity=2)},
-        start={"record0": [1, 2], "write_pos0": 2, "acked0": 2, "pos": 2}, capacity=2,
+        start={"record0": [1, 2], "write_pos0": 2, "acked0": 2, "pos": 2}, capacity=2, early=1,
+    ),
+    # What takes minutes.
+    "both sides sleep, and anything happens": scenario({"writer0": writer(2), "reader": reader()}, early=2, halts=1, raises=1),
+    "three messages": scenario({"writer0": writer(3), "reader": reader()}, early=1, halts=1),
+    "one of two lanes is new": scenario(
+        {"writer0": writer(), "writer1": writer(lane=1, claims=True), "reader": reader(lanes=2)}, 2, early=1, halts=1
+    ),
+    "two writers, two messages": scenario(
+        {"writer0": writer(2), "writer1": writer(lane=1), "reader": reader(lanes=2, known=2)}, 2, start=BOTH_USED, halts=1
+    ),
+    "two readers in turn": scenario(
+        {"writer0": writer(2), "reader": reader(), "reader b": reader(claims=True)}, halts=1, early=1, mortal=["reader"]
+    ),
+    "two threads read, and are woken for nothing": scenario(
+        {"writer0": writer(2, capacity=2), "reader a": reading_thread(0), "reader b": reading_thread(1)}, capacity=2, early=2
     ),
 }  # fmt: skip
+LONG = list(SCENARIOS)[list(SCENARIOS).index("both sides sleep, and anything happens") :]
 
 
 if __name__ == "__main__":
     import sys, time
     for name, s in SCENARIOS.items():
-        if len(sys.argv)>1 and sys.argv[1] not in name: continue
+        if sys.argv[1:] == ["long"]:
+            if name not in LONG: continue
+        elif name in LONG: continue
         for memory in ("tso","free"):
             for mode in ("fences","membarrier"):
                 progs={k:(v.replace("membarrier","fence") if mode=="fences" else re.sub(r"(W4|R4|C1) +fence","",v)) for k,v in s.programs.items()}
