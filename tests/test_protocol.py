@@ -348,16 +348,183 @@ SCENARIOS = {
 LONG = list(SCENARIOS)[list(SCENARIOS).index("both sides sleep, and anything happens") :]
 
 
-if __name__ == "__main__":
-    import sys, time
-    for name, s in SCENARIOS.items():
-        if sys.argv[1:] == ["long"]:
-            if name not in LONG: continue
-        elif name in LONG: continue
-        for memory in ("tso","free"):
-            for mode in ("fences","membarrier"):
-                progs={k:(v.replace("membarrier","fence") if mode=="fences" else re.sub(r"(W4|R4|C1) +fence","",v)) for k,v in s.programs.items()}
-                t=time.perf_counter()
-                r=Model(progs, memory, s.start, **s.events).explore()
-                print(f"{name:32} {memory:5} {mode:10} {r.states:8} {time.perf_counter()-t:6.2f} {r.loss}",flush=True)
-                if r.loss: print("   "+"\n   ".join(r.trace))
+# ---------------------------------------------------------------- nothing is lost
+
+FENCES = "each fences for itself", lambda program: program.replace("membarrier", "fence")
+MEMBARRIER = "sleepers fence for all", lambda program: re.sub(r"(W4|R4|C1) +fence", "", program)
+SLOW = {  # on "free" memory
+    "two writers, and one dies", "two writers", "a reader comes after a dead one", "a writer comes after a dead one that slept",
+}  # fmt: skip
+
+
+def explore(programs, memory, start, events):
+    result = Model(programs, memory, start, **events).explore()
+    print(f"{result.states:,} states. {result.loss}", *result.trace, sep="\n    ")
+    return result
+
+
+def slow(name, memory, mode):
+    return name in LONG or (memory == "free" and mode is MEMBARRIER and name in SLOW)
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "mode"),
+    [
+        pytest.param(name, memory, mode, id=f"{name}, {memory}, {mode[0]}", marks=[pytest.mark.stress] * slow(name, memory, mode))
+        for name in SCENARIOS
+        for memory in ("tso", "free")
+        for mode in (FENCES, MEMBARRIER)
+    ],
+)
+def test_nothing_is_lost(name, memory, mode):
+    """In no interleaving is a message unread or room unused while the side concerned sleeps, nor a message torn."""
+    programs, start, events = SCENARIOS[name]
+    result = explore({who: mode[1](program) for who, program in programs.items()}, memory, start, events)
+    assert not result.loss and result.states > 1000
+
+
+# ---------------------------------------------------------------- what is lost without each part
+
+
+def cut(label, who=""):
+    """Leave out what stands under a label, in the programs of those whose name begins so."""
+
+    def edit(name, program):
+        if not name.startswith(who):
+            return program
+        kept = [line for line in program.splitlines() if not re.match(rf"\s*{label}\s", line)]
+        assert len(kept) < len(program.splitlines()) or not who, f"{name} has no {label}"
+        return "\n".join(kept)
+
+    return edit
+
+
+def change(old, new, who=""):
+    """Put one piece of text in another's place."""
+
+    def edit(name, program):
+        if not name.startswith(who):
+            return program
+        assert old in program, f"{name} has no {old}"
+        return program.replace(old, new)
+
+    return edit
+
+
+def move(label, before, who=""):
+    """Put the one line under a label before the line that begins so."""
+
+    def edit(name, program):
+        if not name.startswith(who):
+            return program
+        (line,) = re.findall(rf"^\s*{label}\s.*\n", program, re.M)
+        program = program.replace(line, "")
+        at = re.search(rf"^\s*{before}\s", program, re.M).start()
+        return program[:at] + line + program[at:]
+
+    return edit
+
+
+def nothing_else(name, program):
+    return program
+
+
+# A sleeper that waits on its own word, which the waker clears.
+FLAG_PARK = """
+    S2      [reader_parked] = 1
+    S3      membarrier
+            {look}
+    S5      wait [reader_parked] 1
+    awake:
+    S6      [reader_parked] = 0
+            goto next
+"""
+FLAG_READER = reader(lanes=2, known=2, park=FLAG_PARK)
+
+
+def flags(first, second):
+    """Two writers that clear the reader's word and wake it, in this order."""
+
+    def edit(name, program):
+        if name == "reader":
+            return FLAG_READER
+        program = program.replace("seen % 2 == 0 or seen == rung", "seen == 0")
+        return program.replace("W5      ring [reader_bell]", f"W5 {first}\nW5 {second}")
+
+    return edit
+
+
+CLEAR, WAKE = "[reader_parked] = 0", "wake [reader_parked]"
+RESTART = "epoch = [reader_parked]\n            if epoch % 2 == 0: begin\n            epoch = epoch + 1\n"
+STAYS = "    left:\n            unlock parking"
+
+
+class Loss(NamedTuple):
+    """A change of the protocol that loses something: in a scenario, on these memories, with these fences."""
+
+    change: str
+    edit: object
+    scenario: str
+    memories: str = "tso free"
+    modes: tuple = (FENCES, MEMBARRIER)
+    mended: object = None  # by this, the loss would not be there
+
+
+LOSSES = [
+    Loss("clear, then wake", flags(CLEAR, WAKE), "two writers, and one dies"),
+    Loss("wake, then clear", flags(WAKE, CLEAR), "two writers"),
+    Loss("ring by a plain wake", change("ring [reader_bell]", "wake [reader_bell]", "writer"), "both sides sleep"),
+    Loss("free by a plain wake", change("ring [writer_bell0]", "wake [writer_bell0]", "reader"), "two threads write"),
+    # Each fence.
+    Loss("no W4", cut("W4"), "both sides sleep", modes=(FENCES,)),
+    Loss("no R4", cut("R4"), "both sides sleep", modes=(FENCES,)),
+    Loss("no S3 of the reader", cut("S3", "reader"), "both sides sleep"),
+    Loss("no S3 of the writer", cut("S3", "writer"), "both sides sleep"),
+    Loss("the reader's membarrier reaches nobody", change("membarrier", "fence", "reader"), "both sides sleep", modes=(MEMBARRIER,)),
+    Loss("the writer's membarrier reaches nobody", change("membarrier", "fence", "writer"), "both sides sleep", modes=(MEMBARRIER,)),
+    Loss("no order W1<W2", cut("W1<W2"), "both sides sleep", "free"),
+    Loss("no order W2<W3", cut("W2<W3"), "both sides sleep", "free"),
+    Loss("no order R1<R2", cut("R1<R2"), "both sides sleep", "free"),
+    Loss("no order R2<R3", cut("R2<R3"), "both sides sleep", "free"),
+    Loss("no order <S2 of the reader", cut("<S2", "reader"), "both sides sleep", "free"),
+    Loss("no order <S2 of the writer", cut("<S2", "writer"), "two threads write", "free"),
+    Loss("no order epoch<wanted", cut("epoch<wanted"), "two threads write", "free"),
+    # Each other step.
+    Loss("no C1 of the writer", cut("C1", "writer"), "a writer comes after a dead one"),
+    Loss("no C1 of the reader", cut("C1", "reader"), "a reader comes after a dead one"),
+    Loss("no C1 after an exception in the writer", cut("C1", "writer"), "an exception in a writer"),
+    Loss("no C1 after an exception in the reader", cut("C1", "reader"), "an exception in a reader"),
+    Loss("no S2 of the reader", cut("S2", "reader"), "both sides sleep"),
+    Loss("no S2 of the writer", cut("S2", "writer"), "both sides sleep"),
+    Loss("no S4 of the reader", cut("S4", "reader"), "both sides sleep"),
+    Loss("no S4 of the writer", cut("S4", "writer"), "both sides sleep"),
+    Loss("no look for a new lane in S4", change("S4      new = [lane_used", "S4      new = [none", "reader"), "a new lane"),
+    Loss("a lane is marked as used after C1", move(r"\[lane_used1\]", "pos", "writer"), "a new lane"),
+    Loss("S1 after S2", move("S1", "S3", "reader"), "both sides sleep"),
+    Loss("S1 after S4", move("S1", "S5", "reader"), "both sides sleep"),
+    Loss("W5 before W3", move("W3", "written:", "writer"), "both sides sleep"),
+    Loss("R5 before R3", move("R3", "freed0:", "reader"), "both sides sleep"),
+    Loss("the epoch is as good as rung although the room does not suffice",
+         lambda name, program: program.replace("rung0 = seen", "").replace("epoch<wanted order", "rung0 = seen"), "two threads write"),
+    Loss("a claimant begins with a new epoch", change(RESTART, "epoch = 0\n", "reader b"), "a reader comes after a dead one"),
+    Loss("the first of two threads that leaves makes parked even", lambda name, program: re.sub(r"if needs\d: left", "", program), "two threads read"),
+    Loss("a thread asks for what it needs, not for the least", change("= least", "= wanted", "writer"), "two threads write"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("loss", "memory", "mode"),
+    [
+        pytest.param(loss, memory, mode, id=f"{loss.change}, {memory}, {mode[0]}")
+        for loss in LOSSES
+        for memory in loss.memories.split()
+        for mode in loss.modes
+    ],
+)
+def test_the_checker_finds_what_is_lost(loss, memory, mode):
+    """Every part of the protocol is needed: a message, room, or a message's bytes are lost without it."""
+    programs, start, events = SCENARIOS[loss.scenario]
+    edited = {who: mode[1](loss.edit(who, program)) for who, program in programs.items()}
+    assert edited != {who: mode[1](program) for who, program in programs.items()}
+    result = explore(edited, memory, start, events)
+    assert result.loss
