@@ -324,6 +324,11 @@ class Writer:
         cursor = self._segment.layout.cursor(self._lane)
         return int(self._segment.words[(cursor + _layout.READ_POS) >> 3])
 
+    @property
+    def write_pos(self) -> int:
+        """How far the claimed lane is written, in bytes."""
+        return self._positions(self._lane)[1]
+
     def refuse_reentry(self) -> None:
         """Raise RuntimeError if this thread is inside, further up its stack."""
         self.monitor.refuse_reentry()
