@@ -124,6 +124,9 @@ def describe() -> str:
     return "; ".join(["linux: futex, OFD locks", *slower] if slower else ["linux: futex, OFD locks, membarrier"])
 
 
+yield_processor = os.sched_yield  # sched_yield(2): whoever waits for this processor goes first
+
+
 def processors() -> int:
     """How many this process may run on."""
     return len(os.sched_getaffinity(0))

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 # Seconds that a handle spins before it parks, where there is more than one processor: about what falling
 # asleep and being woken costs on a virtual machine, so that a wait costs at most twice the best choice.
 SPIN: Final = 100e-6
+# Seconds of it that it spins without a pause. From then on it yields the processor after each look, because
+# the other side may be waiting for this very processor.
+TIGHT: Final = 5e-6
 OPEN_AGAIN: Final = 0.002  # seconds between two tries of `open` with a timeout
 
 _open_rings: dict[int, weakref.ref[Ring]] = {}
@@ -162,7 +165,13 @@ class Ring:
             raise ValueError(f"mode is permission bits of which 0o600 are set, not {mode!r}")
         _check_spin(spin)
         _set_hooks()
-        return cls(os_backend.Segment.create(name, layout, mode, replace), False, spin)
+        segment = os_backend.Segment.create(name, layout, mode, replace)
+        try:
+            return cls(segment, False, spin)
+        except BaseException:
+            segment.unlink()
+            segment.close()
+            raise
 
     @classmethod
     def open(
@@ -189,11 +198,17 @@ class Ring:
         deadline = _deadline(timeout)
         while True:
             try:
-                return cls(os_backend.Segment.open(name, any_owner), any_owner, spin)
+                segment = os_backend.Segment.open(name, any_owner)
+                break
             except FileNotFoundError:
                 if deadline is not None and time.monotonic() >= deadline:
                     raise
             time.sleep(OPEN_AGAIN)
+        try:
+            return cls(segment, any_owner, spin)
+        except BaseException:
+            segment.close()
+            raise
 
     # ------------------------------------------------------------ writing
 
@@ -338,6 +353,7 @@ class Ring:
         """
         message: Any = None
         spin_until = deadline = None
+        tight_until = 0.0
         try:
             # A `for` and not a call of next(): between the two the interpreter (from 3.10 on) runs no
             # signal handler, whose exception would lose the message.
@@ -354,10 +370,13 @@ class Ring:
                 now = time.monotonic()
                 if spin_until is None:
                     deadline = _deadline(timeout)
+                    tight_until = now + TIGHT
                     spin_until = _earlier(now + self._read_spin.seconds(), deadline)
                 if now >= spin_until:
                     self._read_spin.learn(False)
                     break
+                if now > tight_until:
+                    os_backend.yield_processor()
         except BaseException as error:
             if message is not None:
                 self._enter_reader(GiveBack([message]))
@@ -489,6 +508,7 @@ class Ring:
         paid = False
         while now < until and not paid:
             paid = attempt()
+            os_backend.yield_processor()
             now = time.monotonic()
         spin.learn(paid)
 
@@ -503,8 +523,8 @@ class Ring:
         now = time.monotonic()
         until = _earlier(now + self._write_spin.seconds(), deadline)
         while now < until and writer.read_pos < enough:
-            for _ in range(10):
-                now = time.monotonic()
+            os_backend.yield_processor()
+            now = time.monotonic()
         self._write_spin.learn(writer.read_pos >= wanted)
 
     def _wait(

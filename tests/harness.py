@@ -26,6 +26,7 @@ import functools
 import gc
 import itertools
 import json
+import linecache
 import os
 import select
 import signal
@@ -205,7 +206,8 @@ class Trace:
         self.paused = False
         self.where = None  # it was hit
         self.handler_runs = False  # there: the interpreter itself would run a signal handler
-        self._before = None  # the frame that ran the bytecode before, and where in it
+        self.line = ""  # of the source, there
+        self._before = None  # the frame that ran the bytecode before it, and that bytecode
         self._hit = hit
 
     def __enter__(self):
@@ -219,6 +221,7 @@ class Trace:
         return self
 
     def __exit__(self, *_):
+        self._before = None
         if MONITORING:
             MONITORING.set_events(TOOL, 0)
             MONITORING.free_tool_id(TOOL)
@@ -252,6 +255,7 @@ class Trace:
             code = frame.f_code
             self.handler_runs = self._before is not None and _handler_runs(frame, *self._before)
             self._before = None
+            self.line = linecache.getline(code.co_filename, frame.f_lineno or 0)
             self.where = (
                 f"{code.co_filename[len(PACKAGE) :]}:{frame.f_lineno} {code.co_name} before {_opcode(frame)}"
                 f"{' (a signal handler may run here)' if self.handler_runs else ''}"
@@ -270,7 +274,8 @@ def _handler_runs(frame, before, opcode):
     if sys.version_info < (3, 11):
         return True  # nearly everywhere
     if "CALL" in opcode:
-        return before is frame  # of a function in C; one in Python begins with RESUME
+        # After a function in C that returned; one in Python begins with RESUME.
+        return before is frame and opcode != "PRECALL" and _opcode(frame) != "PUSH_EXC_INFO"
     return opcode in ("RESUME", "JUMP_BACKWARD")
 
 
@@ -592,14 +597,15 @@ def kill_or_stop(case, victims, k, name, place, stop):
 def interrupt(case, k, name, place):
     """One trial in this process. Was the operation over before its k-th bytecode?
 
-    Where the interpreter would never run a signal handler, and before 3.11, where it does so between
-    a function's return and the use of what it returned, what is just being handed over may be lost:
-    there, `Case.in_a_call` messages may, and operations that only hand over a handle are spared.
+    Where a signal handler really can run nothing may be lost, but the descriptor that os.open returns
+    when it runs before the assignment. Elsewhere, and before 3.11, where handlers run between a
+    function's return and the use of what it returned, what is just being handed over may be lost:
+    the messages of that call; and operations on the handle itself are not interrupted there.
     """
 
     def hit(where):
         place.append(where)
-        if me.trace.handler_runs or case.in_a_call or case.role:
+        if exact(me.trace) or case.role or case.in_a_call:
             raise KeyboardInterrupt
 
     opened = descriptors()
@@ -610,15 +616,18 @@ def interrupt(case, k, name, place):
     over = threading.Event()
     sleeps = type(case).asleep is not Case.asleep
     helper = Sleeper(_look_until, stage, over) if sleeps else None
-    interrupted = False
+    interrupted, fresh = False, 0
     try:
         with Trace(k, hit) as me.trace:
             case.operate(me)
     except KeyboardInterrupt:
         interrupted = True
-    try:
-        if interrupted and not (EXACT and me.trace.handler_runs):
+        fresh = "os.open(" in me.trace.line
+        if not exact(me.trace):
             stage.may_be_lost = case.in_a_call
+    try:
+        assert interrupted or not exact(me.trace), "the interrupt got lost"
+        gc.collect()  # what was not handed over is gone, also if it was in a cycle
         stage.finished = True
         case.go_on(me)
         over.set()
@@ -626,14 +635,20 @@ def interrupt(case, k, name, place):
             helper.join()
         me.close()
         case.end(stage)
-        hit_at_all = bool(place)
         del me, stage, helper
         gc.collect()
         left = {number: target for number, target in descriptors().items() if opened.get(number) != target}
-        assert not left, f"descriptors are left open: {left}"
+        assert len(left) <= fresh, f"descriptors are left open: {left}"
+        for number in left:
+            os.close(number)
     finally:
         over.set()
-    return not hit_at_all
+    return not place
+
+
+def exact(trace):
+    """Did it come to the event, and where nothing may be lost?"""
+    return EXACT and trace.handler_runs
 
 
 def _look_until(stage, over):

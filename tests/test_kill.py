@@ -19,6 +19,8 @@ from conftest import wait_until
 from harness import Case, Stage, message, sweep
 from shmring import Ring, RingBusy, unlink
 
+pytestmark = pytest.mark.stress  # some minutes for every bytecode; SHMRING_EVERY=7 takes every seventh
+
 # ---------------------------------------------------------------- writing
 
 
@@ -61,8 +63,8 @@ class WriteMany(Writing):
     """A batch of one size, then a mixed one. A batch may be there in part, up to some message of it."""
 
     def operate(self, me):
-        me.write_many(*[40] * 6)
-        me.write_many(16, 600, 100, 16)
+        me.write_many(40, 40, 40)
+        me.write_many(16, 600, 16)
 
 
 class WriteManyLong(Writing):
