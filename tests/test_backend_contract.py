@@ -247,8 +247,9 @@ def test_fences_are_callable_as_often_as_anybody_wants(segment):
         assert segment.sleeper_fence() in (True, False)
         if fence is not None:
             fence()
-        if segment.order is not None:
-            segment.order()
+        order = segment.order_fence()
+        if order is not None:
+            order()
 
 
 # ---------------------------------------------------------------- making and finding

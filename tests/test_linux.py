@@ -580,21 +580,6 @@ def test_closerange_over_a_live_handle_gives_a_clear_error_and_spares_the_descri
     unlink(name)  # whoever lost its descriptor cannot remove the name
 
 
-def test_after_closerange_the_end_of_the_memory_spares_the_descriptors_of_others_too(name, children):
-    def child():
-        ring = Ring.create(name)
-        os.closerange(3, 256)
-        strangers = [os.open("/dev/null", os.O_RDONLY) for _ in range(64)]
-        ring.close()
-        del ring
-        gc.collect()
-        for stranger in strangers:
-            os.fstat(stranger)
-
-    assert children.join(children.fork(child)) == 0
-    unlink(name)
-
-
 def test_after_closerange_a_new_handle_of_the_same_ring_is_spared(name, children):
     with Ring.create(name, writers=1):
         def child():
