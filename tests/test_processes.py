@@ -674,6 +674,9 @@ def test_control_c_ends_a_wait_with_keyboard_interrupt_and_the_handle_works_on(n
         assert b"the others go on" in other.read_many()
 
 
+@pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="before 3.11 a signal handler may run between a call's return and its result's use"
+)
 @pytest.mark.parametrize("reading", READINGS)
 def test_control_c_at_random_moments_inside_read_loses_no_message_and_doubles_none(name, children, seed, reading):
     rng = random.Random(seed)
