@@ -9,6 +9,7 @@ import re
 import select
 import shutil
 import signal
+import sys
 import struct
 import subprocess
 import threading
