@@ -9,9 +9,9 @@ import re
 import select
 import shutil
 import signal
-import sys
 import struct
 import subprocess
+import sys
 import threading
 import time
 
