@@ -255,8 +255,10 @@ class Parking:
             sleepers[sleeper] = needs
             if self._wanted:
                 words[self._wanted] = min(sleepers.values())
-                if order:
-                    order()  # ORDER before S2: who sees the epoch sees what it waits for
+            # Else the bell that is noted may be one that was rung for this epoch already, by a waker that
+            # will not ring again; and who sees the epoch might not see what it waits for.
+            if order:
+                order()  # ORDER S1 before S2
             words[self._parks] = words[self._parks] + 1 & WORD
             words[parked] = (words[parked] + 1 | 1) & WORD  # S2: the next odd number
 

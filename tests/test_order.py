@@ -333,6 +333,13 @@ def test_the_sleeper_notes_announces_fences_looks_again_sleeps_and_takes_it_back
     assert segment.peek("reader_parks") == 1
 
 
+def test_the_bell_is_noted_before_the_announcement_on_memory_that_keeps_no_order():
+    """S1 before S2 on arm64: a ring for this epoch must not be taken for an old one."""
+    segment, reader = parked_reader(order=True)
+    sleep(reader)
+    assert follows(segment.log, "load reader_bell", "order", "store reader_parked", "sleeper_fence")
+
+
 def test_a_bell_rung_after_the_announcement_is_newer_than_the_one_noted():
     """S1 before S2: whoever sees the epoch rings a bell that this sleep still notices."""
     segment, reader = parked_reader()
