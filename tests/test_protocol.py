@@ -1,0 +1,749 @@
+"""The sleep and wake protocol of `_words.py` in every interleaving, and the losses without each part of it.
+
+The programs below have a step for each access to a shared word on a message's way, in the code's order and
+under the code's labels, which is checked against the source. `model.py` explains how they run, and what "lost"
+means. Left out are the counters of messages and parks, and the framing: a position is a number of
+messages, a record a word. The run of a failed test shows the shortest way to the loss; so does ``-s`` for
+the losses that are meant to be found.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from typing import NamedTuple
+
+import pytest
+from conftest import ROOT
+from model import Model, lines
+
+SOURCE = (ROOT / "shmring" / "_words.py").read_text()
+
+# ---------------------------------------------------------------- the programs
+
+PARK = """
+    S1      noted = [{me}_bell{lane}]
+            {announce}
+    S1<S2   order
+            epoch = epoch + 1 | 1
+    S2      [{me}_parked{lane}] = epoch
+    S3      membarrier
+            {look}
+    S5      wait [{me}_bell{lane}] noted
+    awake:
+            epoch = epoch + 1
+    S6      [{me}_parked{lane}] = epoch
+            goto next
+"""
+
+WRITER = """
+            left = {messages}
+            {start}
+            claim writer{lane}
+            {used}
+            epoch = [writer_parked{lane}]
+            if epoch % 2 == 0: begin
+            epoch = epoch + 1
+            [writer_parked{lane}] = epoch
+    begin:
+    C1      ring [reader_bell]
+    known:
+            pos = [write_pos{lane}]
+    next:
+            if left == 0: leave
+    try:
+    W1      free = [read_pos{lane}]
+    W1<W2   order
+            if pos - free == {capacity}: park
+    W2      [record{lane} + pos % {capacity}] = pos + 1
+            pos = pos + 1
+    W2<W3   order
+    W3      [write_pos{lane}] = pos
+    W4      fence
+    W5      seen = [reader_parked]
+            if seen % 2 == 0 or seen == rung: written
+    W5      ring [reader_bell]
+            rung = seen
+    written:
+            note acked{lane} = pos
+            left = left - 1
+            goto next
+    except:
+            left = left - 1
+            goto begin
+    park:
+            wanted = pos + 1 - {capacity}
+            {park}
+    leave:
+            end
+"""
+
+READER = """
+            left = {messages}
+            {start}
+            claim reader
+            epoch = [reader_parked]
+            if epoch % 2 == 0: begin
+            epoch = epoch + 1
+            [reader_parked] = epoch
+    begin:
+    C1      fence
+            {made_good}
+    known:
+            {known}
+    next:
+            if left == 0: leave
+    try:
+            {looked}
+    R1<R2   order
+            if {nothing}: park
+            {taken}
+            goto next
+    except:
+            left = left - 1
+            goto begin
+    park:
+            {park}
+    leave:
+            end
+"""
+
+# For each lane.
+MADE_GOOD = """
+    C1      seen = [writer_parked{lane}]
+            if seen % 2 == 0: good{lane}
+    C1      ring [writer_bell{lane}]
+    good{lane}:
+"""
+LOOKED = """
+            end{lane} = pos{lane}
+            if used{lane}: used{lane}
+            new = [lane_used{lane}]
+            if new == 0: looked{lane}
+            used{lane} = 1
+    used{lane}:
+    R1      end{lane} = [write_pos{lane}]
+    looked{lane}:
+"""
+TAKEN = """
+    more{lane}:
+            if pos{lane} == end{lane} or left == 0: taken{lane}
+    R2      copy = [record{lane} + pos{lane} % {capacity}]
+            check copy == pos{lane} + 1
+            pos{lane} = pos{lane} + 1
+    R2<R3   order
+    R3      [read_pos{lane}] = pos{lane}
+    R4      fence
+    R5      seen = [writer_parked{lane}]
+            if seen % 2 == 0 or seen == rung{lane}: freed{lane}
+    epoch<wanted order
+    R5      wanted = [writer_wanted{lane}]
+            if pos{lane} < wanted: freed{lane}
+    R5      ring [writer_bell{lane}]
+            rung{lane} = seen
+    freed{lane}:
+            note freed{lane} = pos{lane}
+            left = left - 1
+            goto more{lane}
+    taken{lane}:
+"""
+LOOKED_AGAIN = """
+            if used{lane}: again{lane}
+    S4      new = [lane_used{lane}]
+            if new: awake
+            goto empty{lane}
+    again{lane}:
+    S4      end{lane} = [write_pos{lane}]
+            if end{lane} != pos{lane}: awake
+    empty{lane}:
+"""
+
+# Two threads of one handle: what they share they share under its monitors, as notes.
+PARKED_THREAD = """
+            lock parking
+    S1      noted = [{me}_bell{lane}]
+            note needs{thread} = {needs}
+            {announce}
+    S1<S2   order
+            note its_epoch = its_epoch + 1 | 1
+    S2      [{me}_parked{lane}] = its_epoch
+            unlock parking
+    S3      membarrier
+            {look}
+    S5      wait [{me}_bell{lane}] noted
+    awake:
+            lock parking
+            note needs{thread} = 0
+            if needs{other}: left
+            note its_epoch = its_epoch + 1
+    S6      [{me}_parked{lane}] = its_epoch
+    left:
+            unlock parking
+            goto next
+"""
+WRITING_THREAD = """
+    next:
+            lock side
+    W1      free = [read_pos0]
+    W1<W2   order
+            if its_pos + {size} - free > 2: park
+            {record}
+            note its_pos = its_pos + {size}
+    W2<W3   order
+    W3      [write_pos0] = its_pos
+    W4      fence
+    W5      seen = [reader_parked]
+            if seen % 2 == 0 or seen == its_rung: written
+    W5      ring [reader_bell]
+            note its_rung = seen
+    written:
+            note acked0 = its_pos
+            unlock side
+            end
+    park:
+            wanted = its_pos + {size} - 2
+            unlock side
+            {park}
+"""
+READING_THREAD = """
+    next:
+            lock side
+    R1      end = [write_pos0]
+    R1<R2   order
+            if its_pos == end: park
+    R2      copy = [record0 + its_pos % 2]
+            check copy == its_pos + 1
+            note its_pos = its_pos + 1
+    R2<R3   order
+    R3      [read_pos0] = its_pos
+            unlock side
+            end
+    park:
+            unlock side
+            {park}
+"""
+
+
+def fill(program, **parts):
+    for name, part in parts.items():
+        program = program.replace("{" + name + "}", str(part))
+    return program
+
+
+def each(lanes, program, **parts):
+    return "".join(fill(program, lane=lane, **parts) for lane in range(lanes))
+
+
+def writer(messages=1, lane=0, capacity=1, claims=False):
+    """A process that writes so many messages; it has its lane, or claims it first."""
+    look = "S4 free = [read_pos{lane}]\nif free >= wanted: awake"
+    park = fill(PARK, me="writer", announce="[writer_wanted{lane}] = wanted", look=look)
+    used = "\n".join(f"[lane_used{number}] = 1" for number in range(lane + 1))
+    start = "" if claims else "goto known"
+    return fill(WRITER, park=park, messages=messages, start=start, used=used, lane=lane, capacity=capacity)
+
+
+def reader(messages=9, lanes=1, capacity=1, claims=False, known=1, park=PARK):
+    """A process that reads up to so many messages; it has the role and knows so many lanes, or claims first."""
+    return fill(
+        READER,
+        messages=messages,
+        start="" if claims else each(known, "used{lane} = 1\n") + "goto known",
+        made_good=each(lanes, MADE_GOOD),
+        known=each(lanes, "pos{lane} = [read_pos{lane}]\n"),
+        looked=each(lanes, LOOKED),
+        nothing=" and ".join(f"pos{lane} == end{lane}" for lane in range(lanes)),
+        taken=each(lanes, TAKEN, capacity=capacity),
+        park=fill(park, me="reader", lane="", announce="", look=each(lanes, LOOKED_AGAIN)),
+    )
+
+
+def writing_thread(thread, size):
+    """One of two threads that write one message each in lane 0, which holds 2 units and has 2."""
+    least = "needs0 if needs0 and (needs0 < needs1 or needs1 == 0) else needs1"
+    announce = f"least = {least}\n[writer_wanted0] = least"
+    look = "S4 free = [read_pos0]\nif free >= wanted: awake"
+    record = "".join(f"W2 [record0 + (its_pos + {unit}) % 2] = its_pos + {unit + 1}\n" for unit in range(size))
+    park = fill(PARKED_THREAD, me="writer", lane=0, announce=announce, look=look, needs="wanted")
+    return fill(WRITING_THREAD, park=park, thread=thread, other=1 - thread, size=size, record=record)
+
+
+def reading_thread(thread):
+    """One of two threads that read one message each."""
+    look = "S4 end = [write_pos0]\nif end != its_pos: awake"
+    park = fill(PARKED_THREAD, me="reader", lane="", announce="", look=look, needs=1)
+    return fill(READING_THREAD, park=park, thread=thread, other=1 - thread)
+
+
+class Scenario(NamedTuple):
+    """Who does what, on which memory at first, and what may happen to them."""
+
+    programs: dict
+    start: dict
+    events: dict
+
+
+def scenario(programs, lanes=1, capacity=1, start=None, **events):
+    """Each lane's first writer has the lane, and the first reader the role, if it does not claim it."""
+    cells = {f"record{lane}": [0] * capacity for lane in range(lanes)}
+    cells["lane_used0"] = 1
+    for i, (name, program) in enumerate(programs.items()):
+        if "goto known" in program[:100]:
+            cells[name] = i + 1
+    return Scenario(programs, {**cells, **(start or {})}, events)
+
+
+ONE = {"writer0": writer(), "reader": reader()}
+BOTH = {"writer0": writer(2), "reader": reader()}
+TWO_WRITERS = {"writer0": writer(), "writer1": writer(lane=1), "reader": reader(lanes=2, known=2)}
+ONE_MORE = {"writer0": writer(2), "writer1": writer(lane=1), "reader": reader(lanes=2, known=2)}
+NEW_LANE = {"writer1": writer(lane=1, claims=True), "reader": reader(lanes=2)}
+A_LATE_LANE = {"writer0": writer(), **NEW_LANE}
+BOTH_USED = {"lane_used1": 1}
+FULL = {"record0": [1], "write_pos0": 1, "acked0": 1}
+FULL_OF_TWO = {"record0": [1, 2], "write_pos0": 2, "acked0": 2, "its_pos": 2}
+NEXT_WRITER = {"writer0": writer(), "writer0 b": writer(claims=True), "reader": reader()}
+READING = {"writer0": writer(2, capacity=2), "reader a": reading_thread(0), "reader b": reading_thread(1)}
+WRITING = {"writer0 a": writing_thread(0, 2), "writer0 b": writing_thread(1, 1), "reader": reader(1, capacity=2)}
+
+SCENARIOS = {
+    "both sides sleep": scenario(BOTH, early=1),
+    "one of both dies": scenario(BOTH, halts=1),
+    "a reader that gives up": scenario({"writer0": writer(2), "reader": reader(1)}, early=1),
+    "two writers": scenario(TWO_WRITERS, 2, start=BOTH_USED),
+    "two writers, and one dies": scenario(TWO_WRITERS, 2, start=BOTH_USED, halts=1),
+    "a new lane": scenario(NEW_LANE, 2, halts=1, early=1),
+    "a writer comes after a dead one": scenario(NEXT_WRITER, halts=1, mortal=["writer0"]),
+    "a writer comes after a dead one that slept": scenario(NEXT_WRITER, start=FULL, halts=1, mortal=["writer0"]),
+    "a reader comes after a dead one": scenario(
+        {**ONE, "reader b": reader(claims=True)}, start=FULL, halts=1, mortal=["reader"]
+    ),
+    "an exception in a writer": scenario(
+        {"writer0": writer(2, capacity=2), "reader": reader(capacity=2)}, capacity=2, raises=1
+    ),
+    "an exception in a reader": scenario({"writer0": writer(2), "reader": reader(1)}, raises=1),
+    "two threads read": scenario(READING, capacity=2),
+    "two threads write": scenario(WRITING, capacity=2, start=FULL_OF_TWO, early=1),
+    "a long message": scenario(
+        {"writer0 a": writing_thread(0, 2), "reader": reader(capacity=2)}, capacity=2, start=FULL_OF_TWO, early=1
+    ),
+}
+LONG = {
+    "both sides sleep, and anything happens": scenario(BOTH, early=1, halts=1, raises=1),
+    "both sides sleep, and are woken for nothing": scenario(BOTH, early=2, halts=1),
+    "three messages": scenario({"writer0": writer(3), "reader": reader()}, halts=1, early=1),
+    "a late lane": scenario(A_LATE_LANE, 2, halts=1),
+    "two writers, and one is woken for nothing": scenario(TWO_WRITERS, 2, start=BOTH_USED, early=1),
+    "three messages of two writers": scenario(ONE_MORE, 2, start=BOTH_USED),
+    "two readers in turn": scenario({**BOTH, "reader b": reader(claims=True)}, halts=1, mortal=["reader"]),
+    "two threads read, and are woken for nothing": scenario(READING, capacity=2, early=1),
+}
+SCENARIOS.update(LONG)
+
+
+# ---------------------------------------------------------------- nothing is lost
+
+FENCES = "each fences for itself", lambda program: program.replace("membarrier", "fence")
+MEMBARRIER = "sleepers fence for all", lambda program: re.sub(r"(W4|R4|C1) +fence", "", program)
+SLOW = {  # on "free" memory; on "tso", and most of it without the event, it is always tried
+    FENCES: {
+        "two writers, and one dies", "a writer comes after a dead one that slept",
+        "two threads read", "two threads write",
+    },
+    MEMBARRIER: {
+        "both sides sleep", "two writers", "two writers, and one dies", "a writer comes after a dead one that slept",
+        "a reader comes after a dead one", "an exception in a writer", "two threads read", "two threads write",
+    },
+}  # fmt: skip
+
+
+def case(*what, stress=False):
+    names = [part if isinstance(part, str) else part[0] for part in what]
+    return pytest.param(*what, id=", ".join(names), marks=[pytest.mark.stress] * stress)
+
+
+def explore(name, memory, mode, edit=None):
+    """Run a scenario, with programs that `edit` has changed."""
+    scenario = SCENARIOS[name]
+    programs = {who: mode[1](program) for who, program in scenario.programs.items()}
+    if edit:
+        edited = {who: mode[1](edit(who, program)) for who, program in scenario.programs.items()}
+        assert edited != programs, "nothing was changed"
+        programs = edited
+    result = Model(programs, memory, scenario.start, **scenario.events).explore()
+    print(f"{result.states:,} states. {result.loss}", *result.trace, sep="\n    ")
+    return result
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "mode"),
+    [
+        case(name, memory, mode, stress=name in LONG or memory == "free" and name in SLOW[mode])
+        for name in SCENARIOS
+        for memory in ("tso", "free")
+        for mode in (FENCES, MEMBARRIER)
+    ],
+)
+def test_nothing_is_lost(name, memory, mode):
+    """In no interleaving is a message unread or room unused while the side concerned sleeps, nor a message torn."""
+    result = explore(name, memory, mode)
+    assert not result.loss and result.states > 1000
+
+
+# ---------------------------------------------------------------- what is lost without each part
+
+
+def editing(who):
+    """Make ``edit(program)`` an ``edit(name, program)`` that changes only the programs whose name begins so."""
+
+    def decorate(edit):
+        return lambda name, program: edit(program) if name.startswith(who) else program
+
+    return decorate
+
+
+def cut(label, who=""):
+    """Leave out the lines under a label."""
+    return editing(who)(lambda program: re.sub(rf"^\s*{label}\s.*\n", "", program, flags=re.M))
+
+
+def change(old, new, who=""):
+    """Put one text in another's place."""
+    return editing(who)(lambda program: program.replace(old, new))
+
+
+def move(label, before, who):
+    """Put the one line that begins so before the first line that begins with something else."""
+
+    @editing(who)
+    def edit(program):
+        (line,) = re.findall(rf"^\s*{label}\s.*\n", program, re.M)
+        program = program.replace(line, "")
+        at = re.search(rf"^\s*{before}\s", program, re.M).start()
+        return program[:at] + line + program[at:]
+
+    return edit
+
+
+# A sleeper that waits on its own word, which the waker clears.
+FLAG_PARK = """
+    S2      [reader_parked] = 1
+    S3      membarrier
+            {look}
+    S5      wait [reader_parked] 1
+    awake:
+    S6      [reader_parked] = 0
+            goto next
+"""
+FLAG_READER = reader(lanes=2, known=2, park=FLAG_PARK)
+
+
+def flags(first, second):
+    """Two writers that clear the reader's word and wake it, in this order."""
+
+    def edit(name, program):
+        if name == "reader":
+            return FLAG_READER
+        program = program.replace("seen % 2 == 0 or seen == rung", "seen == 0")
+        return program.replace("W5      ring [reader_bell]", f"W5 {first}\nW5 {second}")
+
+    return edit
+
+
+CLEAR, WAKE = "[reader_parked] = 0", "wake [reader_parked]"
+RING_AND_REMEMBER = "W5      ring [reader_bell]\n            rung = seen"
+REMEMBER_AND_RING = "rung = seen\n    W5      ring [reader_bell]"
+ROOM_OR_NOT = editing("reader")(
+    lambda program: program.replace("rung0 = seen", "").replace("epoch<wanted order", "rung0 = seen")
+)
+EPOCHS_GO_ON = "epoch = [reader_parked]\n            if epoch % 2 == 0: begin\n            epoch = epoch + 1\n"
+ALL_HAVE_LEFT = re.compile(r"if needs\d: left")
+
+
+class Loss(NamedTuple):
+    """A change of the protocol with which something is lost: in a scenario, on this memory, with these fences.
+
+    What is lost on "tso" is lost on "free"; that is left to the stress test where no `order` is concerned.
+    """
+
+    change: str
+    edit: object
+    scenario: str
+    memory: str = "tso"
+    modes: tuple = (FENCES, MEMBARRIER)
+
+
+NOBODY_REACHED = "membarrier reaches nobody"
+LOSSES = [
+    Loss("clear, then wake", flags(CLEAR, WAKE), "two writers, and one dies"),
+    Loss("wake, then clear", flags(WAKE, CLEAR), "two writers"),
+    Loss("W5 is a plain wake", change("ring [reader_bell]", "wake [reader_bell]", "writer"), "both sides sleep"),
+    Loss("R5 is a plain wake", change("ring [writer_bell0]", "wake [writer_bell0]", "reader"), "two threads write"),
+    # Each fence.
+    Loss("no W4", cut("W4"), "both sides sleep", modes=(FENCES,)),
+    Loss("no R4", cut("R4"), "both sides sleep", modes=(FENCES,)),
+    Loss("no S3 of the reader", cut("S3", "reader"), "both sides sleep"),
+    Loss("no S3 of the writer", cut("S3", "writer"), "both sides sleep"),
+    Loss("the reader's " + NOBODY_REACHED, change("membarrier", "fence", "r"), "both sides sleep", modes=(MEMBARRIER,)),
+    Loss("the writer's " + NOBODY_REACHED, change("membarrier", "fence", "w"), "both sides sleep", modes=(MEMBARRIER,)),
+    Loss("no order W1<W2", cut("W1<W2"), "both sides sleep", "free"),
+    Loss("no order W2<W3", cut("W2<W3"), "both sides sleep", "free"),
+    Loss("no order R1<R2", cut("R1<R2"), "both sides sleep", "free"),
+    Loss("no order R2<R3", cut("R2<R3"), "both sides sleep", "free"),
+    Loss("no order before S2 of the reader", cut("S1<S2", "reader"), "both sides sleep", "free"),
+    Loss("no order before S2 of the writer", cut("S1<S2", "writer"), "a long message", "free"),
+    # Each other step, and its place.
+    Loss("no C1 of the writer", cut("C1", "writer"), "a writer comes after a dead one"),
+    Loss("no C1 of the reader", cut("C1", "reader"), "a reader comes after a dead one"),
+    Loss("no C1 after an exception in the writer", cut("C1", "writer"), "an exception in a writer"),
+    Loss("no C1 after an exception in the reader", cut("C1", "reader"), "an exception in a reader"),
+    Loss("no fence in this C1", change("C1      fence", "", "reader"), "an exception in a reader", modes=(FENCES,)),
+    Loss("no S2 of the reader", cut("S2", "reader"), "both sides sleep"),
+    Loss("no S2 of the writer", cut("S2", "writer"), "both sides sleep"),
+    Loss("no S4 of the reader", cut("S4", "reader"), "both sides sleep"),
+    Loss("no S4 of the writer", cut("S4", "writer"), "both sides sleep"),
+    Loss("no look for a new lane in S4", change("S4      new = [lane_used", "S4      new = [none", "r"), "a new lane"),
+    Loss("a lane counts as used only after W5", move(r"\[lane_used1\]", "written:", "writer"), "a new lane"),
+    Loss("S1 after S2", move("S1", "S3", "reader"), "both sides sleep"),
+    Loss("S1 after S4", move("S1", "S5", "reader"), "both sides sleep"),
+    Loss("W5 before W3", move("W3", "written:", "writer"), "both sides sleep"),
+    Loss("R5 before R3", move("R3", "freed0:", "reader"), "both sides sleep"),
+    Loss("the epoch counts as rung although the room does not suffice", ROOM_OR_NOT, "a long message"),
+    Loss("a claimant's epochs do not go on", change(EPOCHS_GO_ON, "epoch = 0\n", "reader b"), "two readers in turn"),
+    Loss("S6 by the first that leaves", lambda name, text: ALL_HAVE_LEFT.sub("", text), "two threads write"),
+    Loss("a thread asks for its own room, not the least", change("= least", "= wanted", "w"), "two threads write"),
+]
+
+
+@pytest.mark.parametrize(
+    ("what", "loss", "memory", "mode"),
+    [
+        case(loss.change, loss, memory, mode, stress=memory != loss.memory)
+        for loss in LOSSES
+        for memory in sorted({loss.memory, "free"})
+        for mode in loss.modes
+    ],
+)
+def test_the_checker_finds_what_is_lost(what, loss, memory, mode):
+    """Every part of the protocol is needed: a message, room, or a message's bytes are lost without it."""
+    assert explore(loss.scenario, memory, mode, loss.edit).loss
+
+
+# What the checker says is not needed. It stays: it costs little, and its absence would take explaining.
+SPARE = [
+    Loss("no order epoch<wanted", cut("epoch<wanted"), "two threads write", "free"),
+    Loss("no order epoch<wanted, one thread", cut("epoch<wanted"), "a long message", "free"),
+    Loss("wanted after the order", move(r"\[writer_wanted0\]", "note its_epoch", "w"), "a long message", "free"),
+    Loss("rung before the ring", change(RING_AND_REMEMBER, REMEMBER_AND_RING, "writer"), "an exception in a writer"),
+]
+
+
+@pytest.mark.parametrize(
+    ("what", "spare", "mode"),
+    [case(spare.change, spare, mode, stress=spare.memory == "free") for spare in SPARE for mode in spare.modes],
+)
+def test_what_is_there_for_good_measure(what, spare, mode):
+    """Without it nothing is lost either. A failure says that a change made it needed."""
+    assert not explore(spare.scenario, spare.memory, mode, spare.edit).loss
+
+
+# ---------------------------------------------------------------- the code does what the programs do
+
+# The labels in each method, in the order in which they stand there; the first of `_ring` and `_make_good` is
+# in their docstring.
+METHODS = {
+    "Parking._steps": "S6 S1 S1<S2 S2",
+    "Parking.park": "S3 S4 S5",
+    "Writer._ring": "W5",
+    "Writer._publish": "W2<W3 W3 W4 W5",
+    "Writer._room": "W1 W1<W2 W2",
+    "Writer._write_batch": "W2 W2",
+    "Writer._steps": "C1 W2 W2 W2<W3 W3 W4 W5",
+    "Reader._make_good": "C1",
+    "Reader._look": "R1 R1<R2",
+    "Reader._free": "R2<R3 R3 R4 R5",
+    "Reader._ring": "R5 epoch<wanted",
+    "Reader._read_one": "R2",
+    "Reader._read_batch": "R2 R2",
+    "Reader._steps": "R1 R1<R2 R2 R2<R3 R3 R4 R5 R2 R2 R2<R3 R3 R4 R5",
+}
+# The ways through them, along their calls, are the ways through the programs.
+WAYS = [
+    # _steps, _room, _steps; or _steps, _room, _write_batch, _publish
+    (WRITER, "C1 W1 W1<W2 W2 W2<W3 W3 W4 W5"),
+    # _make_good, _look; or _make_good, _steps
+    (READER.replace("{made_good}", MADE_GOOD).replace("{looked}", LOOKED), "C1 R1 R1<R2"),
+    # _steps, _ring; or _read_one, _free, _ring; or _read_batch, _free, _ring
+    (TAKEN, "R2 R2<R3 R3 R4 R5 epoch<wanted R5"),
+    # _steps, park, _steps
+    (PARK.replace("{look}", "S4 look"), "S1 S1<S2 S2 S3 S4 S5 S6"),
+]
+LABEL = re.compile(
+    r"# (?:(?P<label>[WRS]\d|C1)\b|ORDER (?:(?!before)(?P<before>\w+) )?(?:.*? )??before (?P<after>\w+))"
+)
+
+# How the code says what a program's step is.
+WORDS = "write_pos", "read_pos", "parked", "wanted", "used", "bell"  # in an index; without any it is a record
+CALLS = {
+    "order": "order", "_order": "order", "fence": "fence", "_fence": "fence", "sleeper_fence": "membarrier",
+    "ring": "ring bell", "wait": "wait bell", "nothing": "look", "pack": "store record",
+    "_make_even": "store parked", "_ring": "load parked",
+}  # fmt: skip
+
+
+def access(what, text):
+    return f"{what} {next((name for name in WORDS if name in text.lower()), 'record')}"
+
+
+def steps(program):
+    """(label, access) for each line of a program that has a label or remembers what was rung."""
+    forms = {
+        "store": r"\[(.*?)\] = ", "load": r"[\w{}]+ = \[(.*?)\]", "ring": r"ring \[(.*)\]", "wait": r"wait \[(.*)\]",
+    }  # fmt: skip
+    for _, label, text in lines(program):
+        matches = [(what, re.match(form, text)) for what, form in forms.items()]
+        found = [access(what, match[1]) for what, match in matches if match]
+        if re.match(r"rung\S* = seen", text):
+            yield "", "rung"
+        elif label:
+            yield label, found[0] if found else text
+
+
+def last_name(node):
+    return getattr(node, "attr", getattr(node, "id", ""))
+
+
+def accesses(node):
+    """What a statement does with shared memory, in the order of the text: a whole method, else without its body."""
+    body = [] if isinstance(node, ast.FunctionDef) else getattr(node, "body", [])
+    left_out = {id(n) for child in body for n in ast.walk(child)}
+    found = []
+    for n in ast.walk(node):
+        what = None
+        store = isinstance(getattr(n, "ctx", None), ast.Store)
+        if isinstance(n, ast.Subscript) and last_name(n.value) in ("words", "bells", "map", "ring"):
+            what = access("store" if store else "load", ast.unparse(n))
+        elif isinstance(n, ast.Call):
+            what = CALLS.get(last_name(n.func))
+        elif isinstance(n, ast.Attribute) and store and n.attr in ("rung", "_rung"):
+            what = "rung"
+        elif isinstance(n, ast.Attribute) and n.attr == "read_pos" and last_name(n.value) == "self":
+            what = "load read_pos"
+        if what and id(n) not in left_out:
+            found.append((n.lineno, n.col_offset, what))
+    return [what for _, _, what in sorted(found)]
+
+
+def methods(source):
+    """The name and the tree of each method."""
+    classes = [part for part in ast.parse(source).body if isinstance(part, ast.ClassDef)]
+    return {f"{c.name}.{f.name}": f for c in classes for f in c.body if isinstance(f, ast.FunctionDef)}
+
+
+def labelled(source):
+    """For each method with labels: (label, statement) for each, as they stand there."""
+    source_lines = source.splitlines()
+    found = {}
+    for name, method in methods(source).items():
+        whole = re.match(r"(C1|[WR]5)[:,] ", ast.get_docstring(method) or "")
+        labels = [(whole[1], method)] if whole else []
+        for number in range(method.lineno + 1, method.end_lineno + 1):
+            match = LABEL.search(source_lines[number - 1])
+            if match:
+                alone = source_lines[number - 1].strip().startswith("#")  # then it belongs to the next line
+                statements = [n for n in ast.walk(method) if isinstance(n, ast.stmt) and n.lineno <= number + alone]
+                before, after = match["before"] or "", match["after"]
+                labels.append((match["label"] or f"{before}<{after}", max(statements, key=lambda n: n.lineno)))
+        if labels:
+            found[name] = labels
+    return found
+
+
+def drift(source):
+    """Where the source does not do what the programs do."""
+    wrong = []
+    known = {}
+    for program in (WRITER, READER, PARK, MADE_GOOD, LOOKED, TAKEN, "S4 look"):
+        for label, what in steps(program):
+            known.setdefault(label, set()).add(what)
+    found = labelled(source)
+    for name in sorted({*METHODS, *found}):
+        labels = " ".join(label for label, _ in found.get(name, []))
+        if labels != METHODS.get(name, ""):
+            wrong.append(f"{name} has the labels {labels}, not {METHODS.get(name, '')}")
+        for label, statement in found.get(name, []):
+            what = accesses(statement)
+            if not known.get(label, set()) & set(what):
+                wrong.append(f"{name}, line {statement.lineno}: {label} is {what}, in the programs {known.get(label)}")
+    # Between its look and its ring a waker does more than the labels say.
+    for name, program, label in (("Writer._ring", WRITER, "W5"), ("Reader._ring", TAKEN, "R5")):
+        rest = list(steps(program))
+        rest = [what for _, what in rest[[found for found, _ in rest].index(label) :]]
+        rest = rest[: rest.index("rung") + 1]
+        done = accesses(methods(source)[name])
+        if done != rest:
+            wrong.append(f"{name} does {done}, the program does {rest}")
+    return wrong
+
+
+def test_the_code_has_the_steps_of_the_programs():
+    """Every label stands where a program has it, at a statement that does what the program's step does."""
+    assert drift(SOURCE) == []
+
+
+@pytest.mark.parametrize(("program", "way"), WAYS, ids=["writer", "reader looks", "reader takes", "sleeper"])
+def test_the_programs_have_the_labels_in_the_codes_order(program, way):
+    """The methods' labels, put together along the calls, are a program."""
+    labels = [label for label, _ in steps(program) if label]
+    assert [label for i, label in enumerate(labels) if label not in labels[i - 1 : i]] == way.split()
+
+
+PLANTED = [
+    ("Writer._steps", "# W2", "# ORDER W2"),
+    ("Writer._steps", "# ORDER W2", "# W3"),
+    ("Writer._steps", "# W3", "# W4"),
+    ("Writer._publish", "# ORDER W2", "# W3"),
+    ("Writer._publish", "# W3", "# W4"),
+    ("Writer._publish", "# W3", "# W5"),
+    ("Writer._room", "# W1", "# ORDER W1"),
+    ("Writer._ring", ".ring(", "self._rung = epoch"),
+    ("Reader._look", "# R1", "# ORDER R1"),
+    ("Reader._steps", "# R1", "# ORDER R1"),
+    ("Reader._steps", "# R2", "# R3"),
+    ("Reader._free", "# ORDER R2", "# R3"),
+    ("Reader._free", "# R3", "# R4"),
+    ("Reader._ring", "# ORDER", ".ring("),
+    ("Reader._ring", ".ring(", "lane.rung = epoch"),
+    ("Parking._steps", "# S1", "# S2"),
+    ("Parking._steps", "before S2", "# S2"),
+    ("Parking.park", "# S3", "# S5"),
+]
+
+
+@pytest.mark.parametrize("comments", [True, False], ids=["with their labels", "without their labels"])
+@pytest.mark.parametrize(("method", "first", "second"), PLANTED)
+def test_lines_that_were_swapped_are_noticed(method, first, second, comments):
+    """Swap two lines of the source, or what they do and not their labels."""
+    source = SOURCE.splitlines(keepends=True)
+    node = methods(SOURCE)[method]
+    inside = range(node.lineno, node.end_lineno)
+    a, b = (next(i for i in inside if part in source[i]) for part in (first, second))
+    texts = [re.fullmatch(r"(\s*)(.*?)(\s*(?:#.*)?\n)", source[i]).groups() for i in (a, b)]
+    (space_a, code_a, end_a), (space_b, code_b, end_b) = texts
+    source[a] = space_a + code_b + (end_b if comments else end_a)
+    source[b] = space_b + code_a + (end_a if comments else end_b)
+    assert drift("".join(source))
+
+
+def test_each_labelled_line_that_is_left_out_is_noticed():
+    """Put `pass` in the place of each statement that has a label, one after another."""
+    planted = 0
+    for labels in labelled(SOURCE).values():
+        for _, statement in labels:
+            if not isinstance(statement, (ast.If, ast.FunctionDef)):
+                source = SOURCE.splitlines(keepends=True)
+                line = source[statement.lineno - 1]
+                source[statement.lineno - 1] = line.replace(line.split("#")[0].strip(), "pass")
+                assert drift("".join(source)), f"line {statement.lineno}"
+                planted += 1
+    assert planted > 30
