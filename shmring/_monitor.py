@@ -42,7 +42,8 @@ def _what_a_running_generator_says() -> tuple[Any, ...]:
     raise AssertionError("a generator was entered twice")
 
 
-def _no_steps() -> Generator[None, Any, None]:
+def no_steps() -> Generator[None, Any, None]:
+    """What a monitor comes to that is closed."""
     yield
 
 
@@ -132,7 +133,7 @@ class Monitor:
                 self._let_go()
             else:
                 if steps is self.steps:
-                    self._function = _no_steps  # the old one may be a method of who has this monitor: a cycle
+                    self._function = no_steps  # the old one may be a method of who has this monitor: a cycle
                     return
 
     def _start_anew(self, dead: Any) -> None:

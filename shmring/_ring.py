@@ -12,6 +12,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, overload
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, overload
 from . import _layout
 from ._backend import Segment, os_backend
 from ._errors import MessageTooLarge, RingClosed, RingError, RingTimeout
-from ._monitor import BUSY, Monitor, MonitorClosed
+from ._monitor import BUSY, Monitor, MonitorClosed, no_steps
 from ._words import PACKED, GiveBack, Parking, ReadBatch, Reader, ReadOne, ReadRequest, WriteBatch, Writer
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ OPEN_AGAIN: Final = 0.002  # seconds between two tries of `open` with a timeout
 
 _open_rings: dict[int, weakref.ref[Ring]] = {}
 _hooks: list[bool] = []
+_NOBODY: Final = Monitor(no_steps)
+_NOBODY.close()
 
 
 class _Spin:
@@ -307,8 +310,8 @@ class Ring:
     def _write_when_room(self, data: Any, wanted: int, deadline: float | None) -> None:
         writer = self._writer
         parking = writer.parking
-        assert parking is not None
-
+        if parking is None:
+            raise self._is_closed()
         written = False
 
         def attempt() -> bool:
@@ -319,7 +322,7 @@ class Ring:
                 wanted = answer or 0
             return written
 
-        self._spin_for_room(wanted, deadline)
+        self._spin_for_room(writer, wanted, deadline)
         self._wait(attempt, parking, lambda: writer.read_pos < wanted, lambda: wanted, deadline, "no room in")
 
     # ------------------------------------------------------------ reading
@@ -493,7 +496,8 @@ class Ring:
 
         if not attempt():
             reader = self._reader
-            assert reader.parking is not None
+            if reader.parking is None:
+                raise self._is_closed()
             if not spun:
                 self._spin_on(attempt, self._read_spin, deadline)
             self._wait(attempt, reader.parking, reader.nothing, lambda: 0, deadline, "no message in")
@@ -512,13 +516,12 @@ class Ring:
             now = time.monotonic()
         spin.learn(paid)
 
-    def _spin_for_room(self, wanted: int, deadline: float | None) -> None:
+    def _spin_for_room(self, writer: Writer, wanted: int, deadline: float | None) -> None:
         """Give the reader a short time to free an eighth of the lane, not just the room for one message.
 
         Else a writer that is faster than its reader waits again for each message. And it looks seldom:
         every look takes the line with read_pos away from the reader.
         """
-        writer = self._writer
         enough = min(wanted + self.capacity // 8, writer.write_pos)
         now = time.monotonic()
         until = _earlier(now + self._write_spin.seconds(), deadline)
@@ -553,9 +556,14 @@ class Ring:
         Threads that wait in this handle get RingClosed. Closing again does nothing.
         """
         if not self._closed:
-            self._ending.enter("close")
+            with suppress(MonitorClosed):  # another thread was first
+                self._ending.enter("close")
             self._closed = True
             _open_rings.pop(id(self), None)
+            # The memory goes now, also if somebody keeps this handle: threads that are inside have what they need.
+            remains: Any = _Remains(self._segment)
+            self._segment = self._writer = self._reader = remains
+            self._ending, self._send, self._messages = _NOBODY, _NOBODY.steps.send, _NOBODY.steps
 
     def unlink(self) -> None:
         """Remove the ring's name, if it still leads to this very ring. Open handles stay as they are.
@@ -565,7 +573,10 @@ class Ring:
         """
         if self._closed:
             raise self._is_closed()
-        self._ending.enter("unlink")
+        try:
+            self._ending.enter("unlink")
+        except MonitorClosed:
+            raise self._is_closed() from None
 
     def __enter__(self) -> Ring:
         if self._closed:
@@ -625,10 +636,10 @@ class Ring:
         Raises:
             RingClosed: The handle is closed.
         """
-        segment, layout = self._segment, self._segment.layout
+        segment = self._segment
         if self._closed:
             raise self._is_closed()
-        words = segment.words
+        layout, words = segment.layout, segment.words
         lanes = [layout.lane_block(lane) for lane in range(layout.writers)]
         cursors = [layout.cursor(lane) for lane in range(layout.writers)]
 
@@ -654,6 +665,23 @@ class Ring:
             writer_parks=sum(column(lanes, _layout.WRITER_PARKS)),
             reader_parks=words[(layout.readers_offset + _layout.READER_PARKS) >> 3],
         )
+
+
+class _Remains:
+    """What a closed handle has in the place of its segment and its two sides: nobody can enter, and no memory."""
+
+    parking = None
+    claimed = False
+    lane = -1
+
+    def __init__(self, segment: Segment) -> None:
+        self.name, self.layout, self.monitor = segment.name, segment.layout, _NOBODY
+
+    def give_back(self, request: ReadRequest) -> None:
+        """There is nobody to give it to."""
+
+    def leave(self) -> None:
+        """Done already."""
 
 
 def _ending(writer: Writer, reader: Reader, segment: Segment) -> Generator[None, str, None]:

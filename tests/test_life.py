@@ -9,10 +9,10 @@ import threading
 import time
 
 import pytest
-from conftest import wait_until
+from conftest import descriptors, wait_until
 
 import shmring
-from shmring import Ring, RingBusy, RingClosed, RingCorrupted, RingIncompatible
+from shmring import Ring, RingBusy, RingClosed, RingCorrupted, RingIncompatible, RingTimeout
 
 
 def path(name):
@@ -224,6 +224,38 @@ def test_a_handle_that_is_forgotten_is_closed(name):
 
     gc.collect()
     assert not os.path.exists(path(name))
+
+
+def test_a_closed_handle_that_is_kept_holds_no_descriptor_and_no_memory(name):
+    """Also if it has written, read, waited, and raised."""
+    with Ring.create(name, 4096, writers=2) as other:
+        before = descriptors()
+        ring = Ring.open(name)
+        ring.write(b"one")
+        assert ring.read() == b"one" and list(ring.messages(timeout=0)) == []
+        with pytest.raises(ValueError):
+            ring.write(bytes(5000))
+        with pytest.raises(RingTimeout):
+            ring.read(timeout=0.001)
+        loop = ring.messages()
+        ring.write(b"two")
+        assert next(loop) == b"two"
+        mapped = maps(name)
+        ring.close()
+        assert descriptors() == before and len(maps(name)) == len(mapped) - 1
+        for use in (ring.read, ring.try_read, ring.read_many, ring.stats, ring.unlink, ring.__enter__):
+            with pytest.raises(RingClosed):
+                use()
+        assert list(loop) == [] and (ring.name, ring.capacity) == (name, 4096)
+        ring.close()
+        other.write(b"three")
+        assert other.read() == b"three"
+
+
+def maps(name):
+    """The mappings of a ring that was opened, not created."""
+    with open("/proc/self/maps") as lines:
+        return [line for line in lines if line.rstrip().endswith(path(name))]
 
 
 def test_a_kept_ring_stays_with_its_messages_until_unlink(name):
