@@ -224,10 +224,6 @@ class Segment:
         """Make the ring's file and give it its name."""
         self = cls(name)
         self.layout = layout
-        try:
-            directory = os.open(DIRECTORY, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise OSError(error.errno, f"cannot create a ring in {DIRECTORY}: {error.strerror}", name) from error
         fd = -1
         try:
             try:
@@ -245,9 +241,9 @@ class Segment:
             self.map[0:8] = header[:8]
             for _ in range(REMOVER_TRIES):
                 try:
-                    # linkat(2) follows the link in /proc only if it is given a directory.
-                    file = f"/proc/self/fd/{fd}"
-                    os.link(file, PREFIX + name, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=True)
+                    # Given a descriptor, which an absolute path makes it ignore, this is linkat(2): it follows
+                    # the link in /proc, which link(2) does not.
+                    os.link(f"/proc/self/fd/{fd}", _path(name), src_dir_fd=fd, follow_symlinks=True)
                     self._whole = True
                     return self
                 except FileExistsError:
@@ -261,7 +257,6 @@ class Segment:
         finally:
             if fd >= 0:
                 os.close(fd)
-            os.close(directory)
 
     @classmethod
     def open(cls, name: str, any_owner: bool) -> Segment:

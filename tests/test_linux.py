@@ -626,7 +626,7 @@ def test_without_descriptors_create_says_so_and_leaves_nothing(name, left):
             failed = error.errno, str(error)
     gc.collect()
     assert (descriptors(), segments()) == before
-    if left < 4 or failed:
+    if left < 3 or failed:
         assert failed[0] == errno.EMFILE and name in failed[1], failed
     assert not failed or left < 7
 
@@ -1020,11 +1020,12 @@ def test_importing_starts_nothing_and_touches_nothing(children):
     process = children.python(
         """
         import os, threading
-        before = sorted(os.listdir("/dev/shm")), os.listdir("/proc/self/fd")
+        before = os.listdir("/proc/self/fd")
         registered = []
         os.register_at_fork = lambda **hooks: registered.append(hooks)
         import shmring
-        assert (sorted(os.listdir("/dev/shm")), os.listdir("/proc/self/fd")) == before
+        assert os.listdir("/proc/self/fd") == before
+        assert not shmring._linux._segments
         assert threading.active_count() == 1
         assert registered == []
         assert shmring._linux._membarrier.registered is None
