@@ -24,6 +24,7 @@ import threading
 import time
 import weakref
 from ctypes import CDLL, PyDLL, Structure, addressof, byref, c_char, c_int, c_long, c_void_p, get_errno
+from functools import partial
 from typing import Final
 
 from . import _layout
@@ -216,8 +217,8 @@ class Segment:
         self._whole = False  # is `create` or `open` done?
         self._identity: tuple[int, int] | None = None  # of the file, in case somebody closed our descriptors
         self._children: dict[int, int] = {}  # by forking thread: the same descriptor for its child
-        key = id(self)
-        _segments[key] = weakref.ref(self, lambda _: _segments.pop(key, None))
+        # In C, with the reference as pop's default: an interrupt in a callback in Python would be swallowed.
+        _segments[id(self)] = weakref.ref(self, partial(_segments.pop, id(self)))
 
     @classmethod
     def create(cls, name: str, layout: Layout, mode: int, replace: bool) -> Segment:
