@@ -267,8 +267,8 @@ def parse_header(header: bytes, segment_bytes: int, machine: str, name: str) -> 
 
 
 def is_kept(header: bytes) -> bool:
-    """Does this header, of whatever version, ask for its name to stay when everybody is gone?"""
-    return len(header) >= 52 and bool(struct.unpack_from("=I", header, 48)[0] & KEEP)
+    """Does this header, of whatever version, ask for its name to stay? One that is too short may have done."""
+    return len(header) < 52 or bool(struct.unpack_from("=I", header, 48)[0] & KEEP)
 
 
 def place(pos: int, read_pos: int, step: int, capacity: int) -> tuple[int, int]:
