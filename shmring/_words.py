@@ -432,7 +432,7 @@ class Writer:
         read_pos = self.read_pos  # W1, STALE OK: too small only makes us wait once more
         if self._order:
             self._order()  # ORDER W1 before W2, else we write over what is still being copied
-        if not 0 <= pos - read_pos <= capacity or read_pos & 7 or pos >= POSITIONS:
+        if not 0 <= pos - read_pos <= capacity or (read_pos | pos) & 7 or pos >= POSITIONS:
             raise RingCorrupted(
                 f"ring {segment.name!r}: lane {self._lane} was written to {pos:,} and read to {read_pos:,}, "
                 f"which a capacity of {capacity:,} does not allow"
@@ -829,7 +829,7 @@ class Reader:
         # Of the lane that is being read: its words, and how far it is read, published and handed over.
         write_pos = read_pos = messages_out = parked = 0
         pos = end = given = count = base = last = 0
-        size = step = -1
+        size = step = 0  # of the last record; no record takes 0 bytes
         message = yield
         try:
             if self.parking is None:
