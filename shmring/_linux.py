@@ -450,9 +450,7 @@ class Segment:
 
     def after_fork_in_child(self) -> None:
         """Hold no claim of the parent's: its locks live as long as any copy of their descriptor."""
-        if not self._children:
-            return
-        mine = self._children.pop(threading.get_ident(), -1)
+        mine = self._children.pop(threading.get_ident(), -1)  # -1 if `before_fork` failed, here or at another ring
         strangers = [self._locks, *self._children.values()]  # the parent's, and children's of its other threads
         self._locks = mine
         _owners[mine] = id(self)
