@@ -7,6 +7,8 @@ system stay ``OSError`` with their errno and the ring's name in ``filename``.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -68,3 +70,14 @@ class BufferTooSmall(RingError, ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.name, self.needed, self.room)
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Have the system's errors say which ring they are about."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename == name:
+            raise
+        raise OSError(error.errno, error.strerror, name) from error

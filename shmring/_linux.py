@@ -28,7 +28,7 @@ from functools import partial
 from typing import Final
 
 from . import _layout
-from ._errors import RingBusy
+from ._errors import RingBusy, naming
 from ._layout import Layout
 from ._words import Fence, make_fence
 
@@ -190,6 +190,8 @@ def _remove(name: str, fd: int) -> None:
         try:
             if _leads_to(_path(name), fd):
                 os.unlink(_path(name))
+        except OSError as error:
+            raise OSError(error.errno, f"cannot remove {_path(name)}: {error.strerror}", name) from error
         finally:
             _lock(fd, fcntl.F_UNLCK, _layout.NAME)
 
@@ -331,7 +333,8 @@ class Segment:
         """Take a role for this handle, if no living handle has it. Taking it again is fine."""
         if not self._own(self._locks):
             raise OSError(errno.EBADF, "the descriptor with this ring's claims was closed behind its back", self.name)
-        return _lock(self._locks, fcntl.F_WRLCK, byte)
+        with naming(self.name):
+            return _lock(self._locks, fcntl.F_WRLCK, byte)
 
     def release(self, byte: int) -> None:
         """Give a role back. Not held: nothing happens."""
@@ -405,6 +408,8 @@ class Segment:
             if not self.layout.keep and _lock(fd, fcntl.F_WRLCK, _layout.PRESENCE):
                 try:
                     _remove(self.name, fd)
+                except OSError:
+                    pass  # another user's name, or read-only: it stays, and counts as not there
                 finally:
                     _lock(fd, fcntl.F_UNLCK, _layout.PRESENCE)
 
@@ -496,6 +501,8 @@ def _clear_the_way(name: str, replace: bool) -> bool:
     except FileNotFoundError:
         return True
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise  # it says nothing about what lies there
         raise FileExistsError(errno.EEXIST, error.strerror, name) from error
     try:
         if os.pread(fd, len(_layout.MAGIC), 0) != _layout.MAGIC:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, overload
 
 from . import _layout
 from ._backend import Segment, os_backend
-from ._errors import MessageTooLarge, RingClosed, RingError, RingTimeout
+from ._errors import MessageTooLarge, RingClosed, RingError, RingTimeout, naming
 from ._monitor import BUSY, Monitor, MonitorClosed, no_steps
 from ._words import PACKED, GiveBack, Parking, ReadBatch, Reader, ReadOne, ReadRequest, WriteBatch, Writer
 
@@ -168,7 +168,8 @@ class Ring:
             raise ValueError(f"mode is permission bits of which 0o600 are set, not {mode!r}")
         _check_spin(spin)
         _set_hooks()
-        segment = os_backend.Segment.create(name, layout, mode, replace)
+        with naming(name):
+            segment = os_backend.Segment.create(name, layout, mode, replace)
         try:
             return cls(segment, False, spin)
         except BaseException:
@@ -201,7 +202,8 @@ class Ring:
         deadline = _deadline(timeout)
         while True:
             try:
-                segment = os_backend.Segment.open(name, any_owner)
+                with naming(name):
+                    segment = os_backend.Segment.open(name, any_owner)
                 break
             except FileNotFoundError:
                 if deadline is not None and time.monotonic() >= deadline:
@@ -229,6 +231,7 @@ class Ring:
             RingTimeout: There was no room in time; nothing was written.
             MessageTooLarge: More than `max_message` bytes.
             RingBusy: All lanes are taken by living writers.
+            RingCorrupted: This writer's lane is damaged, or at the first write each that is free.
             RingClosed: The handle is closed, maybe by another thread meanwhile.
             OSError: ENOSPC, at the first write: no memory for the lane.
 
@@ -553,6 +556,7 @@ class Ring:
     def close(self) -> None:
         """Give up this handle and its roles. The last handle's close removes the ring's name (unless `keep`).
 
+        Where that is not allowed (another user's ring), the name stays, and counts as not there.
         Threads that wait in this handle get RingClosed. Closing again does nothing.
         """
         if not self._closed:
@@ -654,7 +658,7 @@ class Ring:
             messages_out=sum(taken),
             bytes_in=sum(written),
             bytes_out=sum(read),
-            fill=min(1.0, max(b - a for a, b in zip(read, written)) / layout.capacity),
+            fill=min(1.0, max(0, *(b - a for a, b in zip(read, written))) / layout.capacity),
             lanes_in_use=sum(
                 lane == self._writer.lane or segment.is_claimed(_layout.LANE + lane) for lane in range(layout.writers)
             ),
@@ -704,7 +708,8 @@ def unlink(name: str) -> None:
     Raises:
         FileNotFoundError: There is no such name.
     """
-    os_backend.unlink(_layout.check_name(name))
+    with naming(_layout.check_name(name)):
+        os_backend.unlink(name)
 
 
 # ---------------------------------------------------------------- arguments
