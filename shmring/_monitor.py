@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from typing import Any, Final
+from weakref import ref
 
 
 class MonitorClosed(Exception):
@@ -88,7 +89,7 @@ class Monitor:
 
     def __init__(self, function: Callable[[], Generator[Any, Any, None]]) -> None:
         self._function = function
-        self._heirs: dict[Any, Any] = {}  # which generator came after which
+        self._heirs: dict[ref[Any], Any] = {}  # which generator came after which, while a thread has the dead one
         self._closed = False
         self.steps = self._start()
 
@@ -139,7 +140,8 @@ class Monitor:
     def _start_anew(self, dead: Any) -> None:
         if not self._closed:
             # setdefault is one step: of several threads that come here, one is first, and the others take its heir.
-            self.steps = self._heirs.setdefault(dead, self._start())
+            # Its entry goes with the dead one, in C: no exception of a signal handler is lost in there.
+            self.steps = self._heirs.setdefault(ref(dead, self._heirs.pop), self._start())
         if self._closed:  # looked at after the heir is where `close` finds it
             self.steps.close()
             raise MonitorClosed
