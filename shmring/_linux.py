@@ -13,6 +13,7 @@ import sys
 if sys.platform != "linux":
     raise ImportError(f"this is the Linux backend of shmring, not one for {sys.platform}")
 
+import contextlib
 import errno
 import fcntl
 import math
@@ -23,8 +24,10 @@ import struct
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from ctypes import CDLL, PyDLL, Structure, addressof, byref, c_char, c_int, c_long, c_void_p, get_errno
 from functools import partial
+from itertools import chain
 from typing import Final
 
 from . import _layout
@@ -72,6 +75,7 @@ _waiting = CDLL(None, use_errno=True)["syscall"]  # lets go of the interpreter: 
 _waiting.restype = c_long
 _quick = PyDLL(None, use_errno=True)["syscall"]
 _quick.restype = c_long
+_quick_open = PyDLL(None, use_errno=True)["open"]
 
 _FUTEX = c_long(SYS_futex)
 _WAIT = c_int(FUTEX_WAIT_BITSET)
@@ -208,7 +212,9 @@ def unlink(name: str) -> None:
 class Segment:
     """The shared memory of one handle, and its locks. See `_backend.Segment` for what it promises."""
 
-    _locks = -1  # the descriptor that carries our locks; here for `__del__` of one that was never finished
+    # Here for `__del__` of one that was never finished.
+    _locks = -1  # the descriptor that carries our locks
+    _opening: list[int] = []  # it, until it is in `_locks`
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -218,7 +224,8 @@ class Segment:
         self.bells: memoryview
         self._whole = False  # is `create` or `open` done?
         self._identity: tuple[int, int] | None = None  # of the file, in case somebody closed our descriptors
-        self._children: dict[int, int] = {}  # by forking thread: the same descriptor for its child
+        self._opening = []
+        self._children: dict[int, list[int]] = {}  # by forking thread: the same descriptor for its child
         # In C, with the reference as pop's default: an interrupt in a callback in Python would be swallowed.
         _segments[id(self)] = weakref.ref(self, partial(_segments.pop, id(self)))
 
@@ -294,18 +301,30 @@ class Segment:
         """Open the file once more, for the locks alone."""
         status = os.fstat(fd)
         self._identity = status.st_dev, status.st_ino
+        try:
+            self._locks = self._open_again(fd, self._opening)
+        except OSError as error:
+            what = f"cannot open the ring's file again, for its locks: {error.strerror}"
+            raise OSError(error.errno, what, self.name) from error
+        self._opening.clear()
+
+    def _open_again(self, fd: int, noted: list[int]) -> int:
+        """A new description of the file that is open as `fd`, whose descriptor is noted as soon as there is one.
+
+        No other thread forks between the two, as it would while os.open lets go of the interpreter: its
+        child would not know the descriptor, and hold our claims for as long as it lives.
+        """
+        path = b"/proc/self/fd/%d" % fd
         while True:
-            forks = _forks[0]
-            try:
-                self._locks = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
-            except OSError as error:
-                what = f"cannot open the ring's file again, for its locks: {error.strerror}"
-                raise OSError(error.errno, what, self.name) from error
-            _owners[self._locks] = id(self)
-            if forks == _forks[0]:
-                return
-            # Another thread forked, maybe just before we knew the number: that child would hold our claims.
-            self._give_up_locks()
+            # int open(const char *pathname, int flags); one call in C opens and notes
+            noted.extend(map(_quick_open, [path], [os.O_RDWR | os.O_CLOEXEC]))
+            if noted[-1] >= 0:
+                _owners[noted[-1]] = id(self)
+                return noted[-1]
+            number = get_errno()
+            noted.pop()
+            if number != errno.EINTR:
+                raise OSError(number, os.strerror(number))
 
     def _attach(self, fd: int) -> None:
         try:
@@ -332,7 +351,8 @@ class Segment:
     def claim(self, byte: int) -> bool:
         """Take a role for this handle, if no living handle has it. Taking it again is fine."""
         if not self._own(self._locks):
-            raise OSError(errno.EBADF, "the descriptor with this ring's claims was closed behind its back", self.name)
+            what = "the descriptor with this ring's claims was closed behind its back, or there was none left at a fork"
+            raise OSError(errno.EBADF, what, self.name)
         with naming(self.name):
             return _lock(self._locks, fcntl.F_WRLCK, byte)
 
@@ -423,17 +443,27 @@ class Segment:
         self._give_up_locks()
 
     def _give_up_locks(self) -> None:
-        fd = self._locks
-        if self._own(fd):
-            # The locks first: if an exception leaves the descriptor open, it holds nothing.
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
-            self._locks = -1
-            os.close(fd)
-            _owners.pop(fd, None)
+        for fd in (self._locks, *self._opening):
+            if self._own(fd):
+                # The locks first: if an exception leaves the descriptor open, it holds nothing.
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
+                self._close(fd)
+        self._locks = -1
+        self._opening.clear()
 
-    def __del__(self) -> None:
+    def _close(self, fd: int) -> None:
+        """Close a descriptor if it is ours."""
+        if self._own(fd):
+            _owners.pop(fd, None)  # before another thread gets the number
+            os.close(fd)
+
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         # A handle that an exception kept from ever reaching its caller; all others are closed by now.
-        self.close()
+        try:
+            self.close()
+        except Exception:
+            if not finalizing():  # else the modules' names may be gone, and the system closes it
+                raise
 
     # ------------------------------------------------------------ forks
 
@@ -441,44 +471,44 @@ class Segment:
         """Open the child's own description, and be present for it before the parent can go away."""
         thread = threading.get_ident()
         if thread not in self._children:
-            self._children[thread] = -1
+            noted = self._children[thread] = []
             if self._whole and self._own(self._locks):
-                child = os.open(f"/proc/self/fd/{self._locks}", os.O_RDWR | os.O_CLOEXEC)
-                self._children[thread] = child
-                _lock(child, fcntl.F_RDLCK, _layout.PRESENCE)
+                _lock(self._open_again(self._locks, noted), fcntl.F_RDLCK, _layout.PRESENCE)
 
     def after_fork_in_parent(self) -> None:
         """The child has its description now."""
-        fd = self._children.pop(threading.get_ident(), -1)
-        if self._own(fd):
-            os.close(fd)
+        for fd in self._children.pop(threading.get_ident(), ()):
+            self._close(fd)
 
     def after_fork_in_child(self) -> None:
         """Hold no claim of the parent's: its locks live as long as any copy of their descriptor."""
-        mine = self._children.pop(threading.get_ident(), -1)  # -1 if `before_fork` failed, here or at another ring
-        strangers = [self._locks, *self._children.values()]  # the parent's, and children's of its other threads
-        self._locks = mine
-        _owners[mine] = id(self)
+        mine = self._children.pop(threading.get_ident(), [])
+        # The parent's own, and children's of its other threads.
+        strangers = [self._locks, *self._opening, *chain.from_iterable(self._children.values())]
+        self._locks = mine[0] if mine else -1
+        self._opening.clear()
         self._children.clear()
         for fd in strangers:
-            if self._own(fd):
-                os.close(fd)
+            if fd != self._locks:
+                self._close(fd)
 
 
 _segments: dict[int, weakref.ref[Segment]] = {}
 _owners: dict[int, int] = {}  # which segment has a descriptor: a second handle of a ring could get a lost one's number
-_forks = [0]  # begun in this process
 _forking: dict[int, list[Segment]] = {}  # by thread; held, so that one that another thread closes is tidied up too
+
+
+def _living() -> list[Segment]:
+    """A list of references made in one step, because other threads open and close meanwhile."""
+    return [segment for segment in [reference() for reference in list(_segments.values())] if segment is not None]
 
 
 def before_fork() -> None:
     """To be called before a fork; then one of the next two, on either side."""
-    _forks[0] += 1
-    # The list of references is made in one step, because other threads open and close meanwhile.
-    segments = [segment for segment in [reference() for reference in list(_segments.values())] if segment is not None]
-    _forking[threading.get_ident()] = segments
+    segments = _forking[threading.get_ident()] = _living()
     for segment in segments:
-        segment.before_fork()
+        with contextlib.suppress(OSError):  # no descriptor left: the child tries again
+            segment.before_fork()
 
 
 def after_fork_in_parent() -> None:
@@ -488,8 +518,11 @@ def after_fork_in_parent() -> None:
 
 
 def after_fork_in_child() -> None:
-    """See `before_fork`."""
-    for segment in _forking.pop(threading.get_ident(), ()):
+    """See `before_fork`. Calling it again is harmless."""
+    for segment in _living():
+        # One that another thread opened after `before_fork`, or that got no descriptor then, gets it now.
+        with contextlib.suppress(OSError):
+            segment.before_fork()
         segment.after_fork_in_child()
     _forking.clear()
 
