@@ -7,6 +7,7 @@ one thread enters at a time and that never waits; so everything that waits is he
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import sys
 import time
@@ -592,8 +593,12 @@ class Ring:
     ) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        self.close()
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        try:
+            self.close()
+        except Exception:
+            if not finalizing():  # else the modules' names may be gone, and `_leave_all` was here
+                raise
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._closed:
@@ -684,9 +689,6 @@ class _Remains:
     def give_back(self, request: ReadRequest) -> None:
         """There is nobody to give it to."""
 
-    def leave(self) -> None:
-        """Done already."""
-
 
 def _ending(writer: Writer, reader: Reader, segment: Segment) -> Generator[None, str, None]:
     """The end of a handle and of its ring's name, as a monitor; after an exception it is begun anew."""
@@ -698,6 +700,8 @@ def _ending(writer: Writer, reader: Reader, segment: Segment) -> Generator[None,
             writer.close()
             reader.close()
             segment.close()
+        elif request == "leave":
+            segment.leave()
         else:
             segment.unlink()
 
@@ -821,5 +825,12 @@ def _after_fork_in_child() -> None:
 
 def _leave_all() -> None:
     """The end of the process: names go, but other threads may still be inside, so nothing else does."""
-    for ring in _rings():
-        ring._segment.leave()
+    collecting = gc.isenabled()
+    gc.disable()  # a finalizer that closes a ring would come while this thread is inside
+    try:
+        for ring in _rings():
+            with suppress(MonitorClosed):  # another thread has just closed it
+                ring._ending.enter("leave")
+    finally:
+        if collecting:
+            gc.enable()
