@@ -13,41 +13,18 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
-from pathlib import Path
 
 import pytest
+from support import DEADLINE, ROOT, descriptors, wait_until
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the checkout itself is what is tested, installed or not
+__all__ = ["DEADLINE", "ROOT", "descriptors", "namespaces", "segments", "wait_until"]
 
-DEADLINE = 30.0  # seconds that anything a test waits for may take
 _numbers = itertools.count()
-
-
-def wait_until(condition, what="the condition"):
-    """Wait until `condition()` is true and return what it returned; fail after DEADLINE."""
-    end = time.monotonic() + DEADLINE
-    while True:
-        result = condition()
-        if result:
-            return result
-        assert time.monotonic() < end, f"{what} did not come true in {DEADLINE} s"
-        time.sleep(0.001)
 
 
 def segments():
     """The names of the files of this run's rings: other programs have theirs."""
     return {entry for entry in os.listdir("/dev/shm") if entry.startswith(f"shmring.test-{os.getpid()}-")}
-
-
-def descriptors():
-    """The descriptors open in this process, with what they lead to."""
-    found = {}
-    for number in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            found[int(number)] = os.readlink(f"/proc/self/fd/{number}")
-    return {number: target for number, target in found.items() if not target.startswith("/proc/")}
 
 
 def namespaces(*flags):
@@ -98,6 +75,12 @@ def in_time():
     assert not late, f"the test hung for {DEADLINE} s"
 
 
+def pytest_collection_finish():
+    """What there is by now is no test's garbage: looking through it after each test would take half of the time."""
+    gc.collect()
+    gc.freeze()
+
+
 class Children:
     """Starts processes, and kills and reaps whatever is left of them."""
 
@@ -146,10 +129,11 @@ class Children:
         return process
 
     def python(self, code, *args, **kwargs):
-        """Start a Python that runs `code` (dedented), with its output in pipes, as text; `prefix` is a command before it."""
-        env = dict(os.environ, PYTHONPATH=str(ROOT), **kwargs.pop("env", {}))
+        """Start a Python that runs `code` (dedented), its output in pipes, as text; `prefix` is a command before it."""
+        env = {**os.environ, "PYTHONPATH": str(ROOT), **kwargs.pop("env", {})}
+        command = [*kwargs.pop("prefix", []), sys.executable, *kwargs.pop("options", []), "-c", textwrap.dedent(code)]
         process = subprocess.Popen(
-            [*kwargs.pop("prefix", []), sys.executable, *kwargs.pop("options", []), "-c", textwrap.dedent(code), *map(str, args)],
+            [*command, *map(str, args)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kwargs,
         )  # fmt: skip
         self._others.append(process)

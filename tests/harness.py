@@ -13,6 +13,8 @@ Only bytecodes of the package count (`Trace`). The processes of a sweep:
               |                                                      its threads are those who sleep
               template, warmed up and without any handle: forks, and reaps, a victim for each k
 
+The supervisors are small interpreters of their own: forking is most of the time.
+
 An interrupted victim is the supervisor itself. No wait has a time-out of its own, and no sleep is
 sliced (`_linux.SLICE`), so nothing stands in for the protocol; a trial that hangs is ended by SIGALRM.
 """
@@ -32,12 +34,12 @@ import select
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections import defaultdict
 from pathlib import Path
 
-from conftest import DEADLINE, descriptors, wait_until
+from support import DEADLINE, ROOT, descriptors, wait_until
+
 from shmring import Ring, RingBusy, RingTimeout, _layout, _linux
 
 PACKAGE = str(Path(_linux.__file__).parent) + os.sep
@@ -53,7 +55,7 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 # ---------------------------------------------------------------- messages, and who has seen them
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def message(tag, number, size):
     """A message that tells who wrote it, which one it is and how long, all over its length."""
     head = b"%s %d %d " % (tag.encode(), number, size)
@@ -635,7 +637,8 @@ def interrupt(case, k, name, place):
             helper.join()
         me.close()
         case.end(stage)
-        del me, stage, helper
+        me.trace = me.ring = None
+        stage = helper = None
         gc.collect()
         left = {number: target for number, target in descriptors().items() if opened.get(number) != target}
         assert len(left) <= fresh, f"descriptors are left open: {left}"
@@ -659,20 +662,34 @@ def _look_until(stage, over):
 # ---------------------------------------------------------------- all k, in two processes
 
 
-def _supervise(case, event, name, ks, say):
-    """Try one k after another until the operation ends before; tell each, and how the last one failed."""
-    gc.freeze()  # what pytest has is no garbage of ours, and need not be looked through after each trial
+def main(cases):
+    """What a supervisor runs: a case, an event, a ring's name, the first k and the distance to the next.
+
+    Tries one k after another until the operation ends before. Prints each as JSON, and how the last one failed.
+    """
+    name_of_case, event, name, first, every = sys.argv[1:]
+    case = cases[name_of_case]
+    die_with_parent()
+    gc.freeze()
     _linux.SLICE = None
     unraisable = []
-    sys.unraisablehook = unraisable.append
+
+    def ignored(what):
+        if what.exc_type is not KeyboardInterrupt:  # that one, where no handler would run, may come in a finalizer
+            unraisable.append(f"{what.err_msg} {what.object!r}: {what.exc_value!r}")
+
+    sys.unraisablehook = ignored
     victims = None
+
+    def say(**what):
+        print(json.dumps(what), flush=True)
 
     def hangs(*_):
         signal.alarm(0)
         raise AssertionError("the trial hangs")
 
     signal.signal(signal.SIGALRM, hangs)
-    for k in itertools.chain([NEVER], ks):  # first a rehearsal: it fills caches
+    for k in itertools.chain([NEVER], itertools.count(int(first), int(every))):  # first a rehearsal: it fills caches
         say(k=k)
         place = []  # where it came to the event
         signal.alarm(int(DEADLINE))
@@ -697,43 +714,32 @@ def _supervise(case, event, name, ks, say):
 
 
 def sweep(children, case, event, every=1, first=1):
-    """Let `event` come before every k-th bytecode, for k in first, first + every, ...; how many that were."""
+    """Let `event` come before every k-th bytecode, for k in first, first + every, ...; how many there are."""
     failures, reached = [], 0
-    running = [_start(children, case, event, first + i * every, every) for i in range(SUPERVISORS)]
+    step = every * SUPERVISORS
+    running = [_start(children, case, event, first + i * every, step) for i in range(SUPERVISORS)]
     while running:
-        pid, heard = running.pop(0)
+        process = running.pop(0)
         k = over = 0
         failure = None
-        with os.fdopen(heard) as lines:
-            for line in lines:
-                said = json.loads(line)
-                k, over = said.get("k", k), said.get("over", over)
-                failure = said if "failure" in said else failure
-        status = children.join(pid)
+        for line in process.stdout:
+            said = json.loads(line)
+            k, over = said.get("k", k), said.get("over", over)
+            failure = said if "failure" in said else failure
+        errors = process.stderr.read()
         if not over:
-            failure = failure or {"failure": f"the supervisor ended with {status}", "where": "?"}
-            failures.append(f"{event} in {case.name}, k={k}, {failure['where']}\n{failure['failure']}")
+            failure = failure or {"failure": f"the supervisor ended: {errors}", "where": "?"}
+            failures.append(f"{event} in {case}, k={k}, {failure['where']}\n{failure['failure']}")
             if len(failures) < MOST_FAILURES and k != NEVER:
-                running.append(_start(children, case, event, k + every * SUPERVISORS, every))
+                running.append(_start(children, case, event, k + step, step))
         reached = max(reached, k)
     assert not failures, "\n\n".join([f"{len(failures)} failures", *failures])
     return reached
 
 
-def _start(children, case, event, first, every):
-    heard, say_to = os.pipe()
-
-    def supervisor():
-        os.close(heard)
-        die_with_parent()
-
-        def say(**what):
-            os.write(say_to, json.dumps(what).encode() + b"\n")
-
-        ks = range(first, NEVER, every * SUPERVISORS)
-        signal.alarm(0)
-        _supervise(case, event, str(os.getpid()), ks, say)
-
-    pid = children.fork(supervisor)
-    os.close(say_to)
-    return pid, heard
+def _start(children, case, event, first, step):
+    """A small process: it is forked from for each k."""
+    name = f"test-{os.getpid()}-{case}-{first}"
+    path = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    code = "from operations import CASES, main; main(CASES)"
+    return children.python(code, case, event, name, first, step, options=["-S"], env=path)

@@ -2,8 +2,11 @@
 
 Every message carries its writer's number, its own number and a checksum. Writers note in a shared
 ledger what `write` has acknowledged, readers what they got; at the end stands a table of what was sent,
-received and lost. A message that a killed reader had taken and not yet noted is counted on its own: it
-is what shmring does not promise, at most the messages of one call for each kill.
+received and lost. What a killed reader had taken, but not yet noted, is counted on its own: it is what
+shmring does not promise. It can be no more than its last call asked for, and that is noted as well.
+
+There are as many lanes as writers, so each new writer needs the one of the writer whose place it takes. No
+wait has a time-out, and none is cut into slices (`_linux.SLICE`): a lost wake-up would last for ever, and show.
 
 ``python3 tools/soak.py --minutes 20``; the exit code is 0 if nothing was lost, doubled, torn or stuck.
 """
@@ -21,33 +24,39 @@ import tempfile
 import time
 import zlib
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from shmring import Ring, RingBusy
+from shmring import Ring, RingBusy, RingTimeout, _linux
 
 CALL = 20  # messages that one call writes or reads at most
-WRITERS, READERS = 6, 2  # processes at a time; the second reader waits for the role
+WRITERS, READERS = 4, 2  # processes at a time; the second reader waits for the role
 CAPACITY, LARGEST = 1 << 16, 9000
 STUCK = 30.0  # seconds without a message that count as a hang
+REST = 0.03  # seconds between two events
 
-# The ledger: words of the readers' first, then two for each writer that ever was.
-RECEIVED, TAKEN, DOUBLED, TORN, LAST_READER, FIRST = range(6)
+# The ledger: these words of the readers', then some for each process that ever was.
+RECEIVED, DOUBLED, TORN, FIRST = range(4)
+ACKNOWLEDGED, COUNT, LAST, CALLING, EACH = range(5)  # of a writer; CALLING is a reader's
 
 
 class Ledger:
     """A file of 8-byte words that outlives whoever writes them; each word has one writer at a time."""
 
-    def __init__(self, path: str, writers: int = 0) -> None:
+    def __init__(self, path: str, processes: int = 0) -> None:
         with open(path, "r+b") as file:
-            if writers:
-                file.truncate(8 * (FIRST + 2 * writers))
+            if processes:
+                file.truncate(8 * (FIRST + EACH * processes))
             self.words = memoryview(mmap.mmap(file.fileno(), 0)).cast("Q")
 
-    def acknowledged(self, writer: int) -> int:
-        return FIRST + 2 * writer
+    def of(self, process: int, what: int) -> int:
+        """The word of a process that has this, by its index in `words`."""
+        return FIRST + EACH * process + what
 
-    def received(self, writer: int) -> int:
-        return FIRST + 2 * writer + 1
+    def missing(self, writer: int) -> int:
+        """Messages of a writer that were sent, and that no reader noted."""
+        acknowledged, count, last = (self.words[self.of(writer, what)] for what in (ACKNOWLEDGED, COUNT, LAST))
+        return max(acknowledged, last) - count
 
 
 def payload(writer: int, number: int, size: int) -> bytes:
@@ -60,7 +69,7 @@ def payload(writer: int, number: int, size: int) -> bytes:
 def write_for_a_while(name: str, ledger: Ledger, writer: int, seed: int) -> None:
     """A writer's life: calls of every kind, and an end of its own if nobody kills it."""
     dice = random.Random(seed)
-    acknowledged = ledger.acknowledged(writer)
+    acknowledged = ledger.of(writer, ACKNOWLEDGED)
     number = 0
     with Ring.open(name) as ring:
         for _ in range(dice.randrange(100, 20000)):
@@ -77,24 +86,33 @@ def write_for_a_while(name: str, ledger: Ledger, writer: int, seed: int) -> None
             ledger.words[acknowledged] = number
 
 
-def read_for_a_while(name: str, ledger: Ledger, seed: int) -> None:
+def read_for_a_while(name: str, ledger: Ledger, reader: int, seed: int) -> None:
     """A reader's life, once it has the role: check and note every message."""
     dice = random.Random(seed)
-    words = ledger.words
+    words, calling = ledger.words, ledger.of(reader, CALLING)
     end = time.monotonic() + dice.uniform(0.5, 10)
     with Ring.open(name) as ring:
-        while time.monotonic() < end or words[LAST_READER]:
+        while time.monotonic() < end:
+            many = dice.random() < 0.3
+            words[calling] = CALL if many else 1
             try:
-                messages = ring.read_many(CALL, timeout=0.2) if dice.random() < 0.5 else [ring.read(timeout=0.2)]
+                messages = ring.read_many(CALL) if many else [ring.read()]
             except RingBusy:
                 time.sleep(0.005)
                 continue
-            except TimeoutError:
-                if words[LAST_READER]:
-                    return
-                continue
             for message in messages:
                 note(words, ledger, message)
+            words[calling] = 0
+
+
+def read_the_rest(name: str, ledger: Ledger) -> None:
+    """Note what is left, when everybody else is dead."""
+    with Ring.open(name) as ring:
+        try:
+            while True:
+                note(ledger.words, ledger, ring.read(timeout=0))
+        except RingTimeout:
+            pass
 
 
 def note(words: memoryview, ledger: Ledger, message: bytes) -> None:
@@ -102,14 +120,24 @@ def note(words: memoryview, ledger: Ledger, message: bytes) -> None:
     if zlib.crc32(message[4:]).to_bytes(4, "little") != message[:4]:
         words[TORN] += 1
         return
-    received = ledger.received(int.from_bytes(message[4:8], "little"))
-    number = int.from_bytes(message[8:16], "little")
-    if number <= words[received]:
+    writer, number = int.from_bytes(message[4:8], "little"), int.from_bytes(message[8:16], "little")
+    if number <= words[ledger.of(writer, LAST)]:
         words[DOUBLED] += 1
         return
-    words[TAKEN] += number - words[received] - 1  # the reader before us took these, and was killed
-    words[received] = number
+    words[ledger.of(writer, COUNT)] += 1
+    words[ledger.of(writer, LAST)] = number
     words[RECEIVED] += 1
+
+
+class Worker:
+    """One process of the crowd."""
+
+    def __init__(self, role: str, number: int, command: list[str]) -> None:
+        self.role, self.number = role, number
+        self.process = subprocess.Popen(command)
+        self.stopped_until = 0.0
+        self.progress = 0  # what it had acknowledged
+        self.since = time.monotonic()  # when
 
 
 class Crowd:
@@ -118,55 +146,72 @@ class Crowd:
     def __init__(self, name: str, ledger: Ledger, path: str, seed: int) -> None:
         self.name, self.ledger, self.path = name, ledger, path
         self.dice = random.Random(seed)
-        self.writers = 0
-        self.alive: dict[subprocess.Popen[bytes], str] = {}
-        self.stopped: dict[subprocess.Popen[bytes], float] = {}
+        self.started = 0
+        self.writers: list[int] = []  # the numbers of all that ever were
+        self.alive: list[Worker] = []
+        self.received, self.since = 0, time.monotonic()
+        self.may_be_taken = 0
         self.counts = dict.fromkeys(
-            ("writers started", "readers started", "writers killed", "readers killed", "stopped"), 0
+            ("writers started", "readers started", "writers killed", "readers killed", "stopped and continued"), 0
         )
 
     def start(self, role: str) -> None:
         """One more process of this role."""
-        number = self.writers if role == "writer" else -1
-        self.writers += role == "writer"
-        command = [sys.executable, __file__, "--as", role, self.name, self.path, str(number)]
-        self.alive[subprocess.Popen([*command, str(self.dice.getrandbits(32))])] = role
+        command = [sys.executable, __file__, "--as", role, self.name, self.path, str(self.started)]
+        self.alive.append(Worker(role, self.started, [*command, str(self.dice.getrandbits(32))]))
+        if role == "writer":
+            self.writers.append(self.started)
+        self.started += 1
         self.counts[f"{role}s started"] += 1
+
+    def kill(self, worker: Worker) -> None:
+        """Kill a process, and note what may have died with it."""
+        worker.process.kill()
+        worker.process.wait()
+        self.alive.remove(worker)
+        self.counts[f"{worker.role}s killed"] += 1
+        if worker.role == "reader":
+            self.may_be_taken += self.ledger.words[self.ledger.of(worker.number, CALLING)]
 
     def step(self) -> list[str]:
         """Reap, replace, and do something to one of them; what went wrong."""
         failures = []
-        for process, role in list(self.alive.items()):
-            if process.poll() is not None:
-                del self.alive[process]
-                self.stopped.pop(process, None)
-                if process.returncode not in (0, -signal.SIGKILL):
-                    failures.append(f"a {role} ended with {process.returncode}")
-        for process, until in list(self.stopped.items()):
-            if time.monotonic() > until:
-                del self.stopped[process]
-                process.send_signal(signal.SIGCONT)
+        now = time.monotonic()
+        for worker in list(self.alive):
+            if worker.process.poll() is not None:
+                self.alive.remove(worker)
+                if worker.process.returncode:
+                    failures.append(f"{worker.role} {worker.number} ended with {worker.process.returncode}")
+            elif worker.stopped_until and now > worker.stopped_until:
+                worker.stopped_until = 0
+                worker.process.send_signal(signal.SIGCONT)
+        failures += self.stuck(now)
         for role, number in (("writer", WRITERS), ("reader", READERS)):
-            for _ in range(number - sum(other == role for other in self.alive.values())):
+            for _ in range(number - sum(worker.role == role for worker in self.alive)):
                 self.start(role)
-        process = self.dice.choice(list(self.alive))
+        worker = self.dice.choice(self.alive)
         chance = self.dice.random()
         if chance < 0.15:
-            process.kill()
-            self.counts[f"{self.alive[process]}s killed"] += 1
-        elif chance < 0.25 and process not in self.stopped:
-            process.send_signal(signal.SIGSTOP)
-            self.stopped[process] = time.monotonic() + self.dice.uniform(0, 1)
-            self.counts["stopped"] += 1
+            self.kill(worker)
+        elif chance < 0.25 and not worker.stopped_until:
+            worker.process.send_signal(signal.SIGSTOP)
+            worker.stopped_until = now + self.dice.uniform(0, 1)
+            self.counts["stopped and continued"] += 1
         return failures
 
-    def end(self) -> None:
-        """Kill and reap them all."""
-        for process, role in self.alive.items():
-            process.kill()
-            self.counts[f"{role}s killed"] += 1
-        for process in self.alive:
-            process.wait()
+    def stuck(self, now: float) -> list[str]:
+        """Who has come no further for too long. Nobody is stopped for as long as that."""
+        words = self.ledger.words
+        if words[RECEIVED] != self.received:
+            self.received, self.since = words[RECEIVED], now
+        failures = [f"nothing received for {STUCK:.0f} s"] if now - self.since > STUCK else []
+        for worker in self.alive:
+            progress = words[self.ledger.of(worker.number, ACKNOWLEDGED)]
+            if worker.role == "reader" or progress != worker.progress:
+                worker.progress, worker.since = progress, now
+            elif now - worker.since > STUCK:
+                failures.append(f"writer {worker.number} has written nothing for {STUCK:.0f} s")
+        return failures
 
 
 def soak(minutes: float, seed: int) -> int:
@@ -174,46 +219,39 @@ def soak(minutes: float, seed: int) -> int:
     name = f"soak-{os.getpid()}"
     end = time.monotonic() + minutes * 60
     failures: list[str] = []
-    with tempfile.NamedTemporaryFile() as file, Ring.create(name, CAPACITY, writers=WRITERS + 4) as ring:
-        ledger = Ledger(file.name, writers=int(minutes * 60 * 60) + 100)
+    with tempfile.NamedTemporaryFile() as file, Ring.create(name, CAPACITY, writers=WRITERS) as ring:
+        ledger = Ledger(file.name, processes=2 * int(minutes * 60 / REST) + 100)
         words = ledger.words
         crowd = Crowd(name, ledger, file.name, seed)
-        before, since = 0, time.monotonic()
         try:
-            while time.monotonic() < end and not failures and crowd.writers < int(minutes * 3600):
+            while time.monotonic() < end and not failures:
                 failures += crowd.step()
-                time.sleep(0.03)
-                if words[RECEIVED] != before or crowd.stopped:
-                    before, since = words[RECEIVED], time.monotonic()
-                elif time.monotonic() - since > STUCK:
-                    failures.append(f"nothing received for {STUCK:.0f} s; {ring.stats()}")
+                time.sleep(REST)
+            if failures:
+                failures.append(str(ring.stats()))
         finally:
-            crowd.end()
-        words[LAST_READER] = 1
-        read_for_a_while(name, ledger, seed)
-        for writer in range(crowd.writers):
-            missing = words[ledger.acknowledged(writer)] - words[ledger.received(writer)]
-            words[TAKEN] += max(missing, 0)
-            if -missing > CALL:
-                failures.append(f"writer {writer}: {-missing} messages more received than sent")
-        allowed = crowd.counts["readers killed"] * CALL
-        lost = max(words[TAKEN] - allowed, 0)
-        rows = {
-            "seed": seed,
+            for worker in list(crowd.alive):
+                crowd.kill(worker)
+        read_the_rest(name, ledger)
+        missing = sum(ledger.missing(writer) for writer in crowd.writers)
+        lost = max(missing - crowd.may_be_taken, 0)
+        rows: dict[str, Any] = {
             "minutes": minutes,
+            "seed": str(seed),
             **crowd.counts,
-            "messages acknowledged": sum(words[ledger.acknowledged(w)] for w in range(crowd.writers)),
+            "messages acknowledged": sum(words[ledger.of(writer, ACKNOWLEDGED)] for writer in crowd.writers),
             "messages received": words[RECEIVED],
-            "taken by a reader that was killed": words[TAKEN] - lost,
+            "taken by readers that were killed": missing - lost,
+            "that their last calls asked for": crowd.may_be_taken,
             "received twice": words[DOUBLED],
             "torn or foreign": words[TORN],
             "lost": lost,
         }
     for what, value in rows.items():
-        print(f"| {what} | {value:,} |" if what != "seed" else f"| seed | {seed} |")
+        print(f"| {what} | {value if isinstance(value, str) else format(value, ',')} |")
     for failure in failures:
         print(failure)
-    return int(bool(failures or rows["lost"] or rows["received twice"] or rows["torn or foreign"]))
+    return int(bool(failures or lost or words[DOUBLED] or words[TORN]))
 
 
 def main() -> int:
@@ -226,11 +264,9 @@ def main() -> int:
     if not arguments.role:
         return soak(arguments.minutes, arguments.seed)
     role, name, path, number, seed = arguments.role
-    ledger = Ledger(path)
-    if role == "writer":
-        write_for_a_while(name, ledger, int(number), int(seed))
-    else:
-        read_for_a_while(name, ledger, int(seed))
+    _linux.SLICE = None
+    live = write_for_a_while if role == "writer" else read_for_a_while
+    live(name, Ledger(path), int(number), int(seed))
     return 0
 
 

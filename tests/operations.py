@@ -1,0 +1,570 @@
+"""The operations that are killed, stopped and interrupted before every bytecode, and what is to hold after that.
+
+Without pytest: this is imported by processes that are forked from thousands of times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from harness import Case, Stage, main, message  # noqa: F401 - `main` is called by who starts it
+from support import wait_until
+
+from shmring import Ring, RingBusy, unlink
+
+# ---------------------------------------------------------------- writing
+
+
+class Writing(Case):
+    """The victim has the ring's only lane, and one message in it."""
+
+    role = "writer"
+
+    def prepare(self, me):
+        me.open()
+        me.write()
+
+    def go_on(self, me):
+        me.write()
+
+
+class Write(Writing):
+    """Messages up to PACKED and beyond, and the last one by try_write."""
+
+    def operate(self, me):
+        me.write(40)
+        me.write(40)
+        me.write(1500)
+        assert me.try_write(16)
+
+
+class WriteMany(Writing):
+    """A batch of one size, then a mixed one. A batch may be there in part, up to some message of it."""
+
+    def operate(self, me):
+        me.write_many(40, 40, 40)
+        me.write_many(16, 600, 16)
+
+
+class WriteManyLong(Writing):
+    """Messages so long that they are not joined, each published on its own; and both after a lap."""
+
+    capacity = 65536
+
+    def prepare(self, me):
+        me.open()
+        me.write(40_000)
+        with Ring.open(me.name) as reader:
+            me.took(*reader.read_many())
+
+    def operate(self, me):
+        me.write_many(20_000, 20_000)
+
+
+class WritePads(Writing):
+    """A message that does not fit before the lane's end: the padding is published first, on its own."""
+
+    size = 600
+
+    def prepare(self, me):
+        me.open()
+        me.write_many(1300, 1300, 1300)
+        with Ring.open(me.name) as reader:
+            me.took(*reader.read_many())
+
+    def operate(self, me):
+        me.write(self.size)
+
+
+class WriteManyPads(WritePads):
+    """The same in the middle of a batch: the first fits before the lane's end."""
+
+    def operate(self, me):
+        me.write_many(100, 600, 40)
+
+
+class WriteOnlyPads(WritePads):
+    """Padding and message together are longer than the lane: the padding goes alone, and the call says "no room"."""
+
+    def operate(self, me):
+        assert not me.try_write(4000)
+
+    def go_on(self, me):
+        if not me.try_write(4000):
+            with Ring.open(me.name) as reader:
+                assert reader.try_read() is None  # it goes over the padding
+            assert me.try_write(4000)
+
+
+class WriteFindsSleeper(Writing):
+    """A reader sleeps. Killed or stopped, the victim may not have rung; then another writer's message wakes it."""
+
+    writers = 2
+
+    def scene(self, stage):
+        stage.other = stage.actor("s")
+        stage.other.write()  # it has its lane already, so that no claim rings the reader
+
+    def ready(self, stage):
+        reader = stage.actor("z")
+
+        def read_to_the_end():
+            while len(reader.read()) != 99:
+                pass
+            reader.close()
+
+        stage.sleeper(read_to_the_end)
+
+    def operate(self, me):
+        me.write()
+
+    def meanwhile(self, stage):
+        super().meanwhile(stage)
+        stage.other.write()
+        stage.all_read("s")
+
+    def end(self, stage):
+        if stage.finished:
+            stage.all_read("v")
+        stage.other.write()
+        stage.all_read("s")
+        stage.other.write(99)
+        stage.wake()
+        stage.other.close()
+        stage.recover()
+
+
+class WriteManyFindsSleeper(WriteFindsSleeper):
+    """The same with a batch."""
+
+    def operate(self, me):
+        me.write_many(40, 16, 40)
+
+
+class FirstWrite(WriteFindsSleeper):
+    """The first write claims the lane and rings everybody; killed in between, it leaves the lane to the next one."""
+
+    role = None
+
+    def prepare(self, me):
+        me.open()
+
+
+class BlockedWrite(Writing):
+    """The lane is full, the victim sleeps until somebody has read a message."""
+
+    def prepare(self, me):
+        me.open()
+        me.fill(500)
+
+    def operate(self, me):
+        me.write(500)
+
+    def asleep(self, stage):
+        reader = stage.actor("y")
+        reader.read()
+        reader.close()
+
+    def go_on(self, me):
+        me.write(500)
+
+
+class BlockedWriteMany(BlockedWrite):
+    """The same with a batch, of which the first fits."""
+
+    def prepare(self, me):
+        me.open()
+        me.write_many(*[500] * 7)
+
+    def operate(self, me):
+        me.write_many(500, 500)
+
+
+# ---------------------------------------------------------------- reading
+
+
+class Reading(Case):
+    """The victim is the ring's reader, and another writer has one lane of two."""
+
+    role = "reader"
+    writers = 2
+    in_a_call = 1
+    sizes = [40] * 4 + [300]
+
+    def scene(self, stage):
+        stage.other = stage.actor("s")
+
+    def prepare(self, me):
+        me.open()
+        assert me.try_read() is None
+
+    def ready(self, stage):
+        stage.other.write_many(*self.sizes)
+
+    def go_on(self, me):
+        me.drain()
+
+    def end(self, stage):
+        stage.other.close()
+        stage.recover()
+
+
+class Read(Reading):
+    """A burst, single messages, into a buffer, by try_read; the last call finds nothing."""
+
+    def operate(self, me):
+        for _ in range(4):
+            me.read()
+        me.read_into()
+        me.try_read()
+
+
+class ReadOneByOne(Reading):
+    """Each message is awaited and of the same size: the shortest way through the code."""
+
+    def ready(self, stage):
+        pass
+
+    def prepare(self, me):
+        super().prepare(me)
+        me.feeder = type(me)(me.name, "f", me.note).open()
+
+    def operate(self, me):
+        for _ in range(3):
+            with me.aside():
+                me.feeder.write()
+            me.read()
+
+    def go_on(self, me):
+        me.drain()
+        me.feeder.close()
+
+
+class ReadOverTheEnd(Reading):
+    """The next message lies behind padding."""
+
+    sizes = [600]
+
+    def scene(self, stage):
+        super().scene(stage)
+        stage.other.write_many(1300, 1300, 1300)
+
+    def prepare(self, me):
+        me.open()
+        for _ in range(3):
+            me.read()
+
+    def operate(self, me):
+        me.read()
+
+
+class ReadManyOverTheEnd(ReadOverTheEnd):
+    """The same with a batch."""
+
+    def operate(self, me):
+        me.read_many()
+
+
+class ReadMany(Reading):
+    """A batch from two lanes: killed, it may take with it what it had from each."""
+
+    in_a_call = len(Reading.sizes) + 1
+
+    def ready(self, stage):
+        super().ready(stage)
+        second = stage.actor("d")
+        second.write(16)
+
+    def operate(self, me):
+        me.read_many()
+
+
+class ReadManyButNotAll(Reading):
+    """A batch with a limit, and reading on after it."""
+
+    in_a_call = 3
+
+    def operate(self, me):
+        me.read_many(3)
+        me.read()
+
+
+class Iterate(Reading):
+    """Only the message that was on its way may be missing; all that came out before did not come again."""
+
+    def operate(self, me):
+        me.iterate(len(self.sizes))
+
+
+class ReadFreesWriter(Reading):
+    """A writer sleeps in a full lane. Killed, the victim may not have rung it; then the next reader does."""
+
+    writers = 1
+
+    def scene(self, stage):
+        pass
+
+    def ready(self, stage):
+        writer = stage.actor("b")
+
+        def write_three():
+            for _ in range(3):
+                writer.write(3000)
+            writer.close()
+
+        stage.sleeper(write_three)
+
+    def operate(self, me):
+        me.read()
+
+    def go_on(self, me):
+        """Each read frees the sleeper, also if the one before was interrupted."""
+        while me.seen != ("b", 2):
+            me.read()
+
+    def end(self, stage):
+        if stage.finished:  # then with nobody's help but the victim's
+            acked, got = stage.ledger.acked["b"], stage.ledger.got["b"]
+            wait_until(lambda: len(acked) == 3 or len(acked) > len(got), "that the writer was woken")
+        stage.recover()
+
+
+class ReadManyFreesWriter(ReadFreesWriter):
+    """The same with a batch."""
+
+    def operate(self, me):
+        me.read_many()
+
+
+class FirstRead(ReadFreesWriter):
+    """The first read claims the role and rings everybody; killed in between, it leaves the role to the next one."""
+
+    role = None
+
+    def prepare(self, me):
+        me.open()
+
+
+class BlockedRead(Reading):
+    """Nothing there, the victim sleeps until somebody writes."""
+
+    sizes = []
+
+    def ready(self, stage):
+        pass
+
+    def asleep(self, stage):
+        stage.other.write()
+
+    def operate(self, me):
+        me.read()
+
+    def go_on(self, me):
+        me.read()
+        me.drain()
+
+
+class BlockedIterate(BlockedRead):
+    """The same in a loop."""
+
+    def operate(self, me):
+        me.iterate(1)
+
+
+class BlockedReadMany(BlockedRead):
+    """The same with a batch."""
+
+    def operate(self, me):
+        me.read_many()
+
+
+# ---------------------------------------------------------------- life
+
+
+class Create(Case):
+    """Killed, it leaves nothing: the name can be created at once."""
+
+    holder = False
+    keep = replace = False
+
+    def prepare(self, me):
+        pass
+
+    def operate(self, me):
+        me.ring = Ring.create(me.name, 4096, writers=1, keep=self.keep, replace=self.replace, spin=0)
+
+    def meanwhile(self, stage):
+        with contextlib.suppress(FileNotFoundError):
+            rival = stage.actor("r")
+            rival.write()
+            rival.drain()
+            rival.close()
+
+    def go_on(self, me):
+        if me.ring is None:
+            try:
+                self.operate(me)
+            except FileExistsError:
+                assert self.keep
+                me.open()
+        me.drain()
+        me.write()
+        me.read()
+
+    def end(self, stage):
+        try:
+            stage.holder = Ring.open(stage.name, spin=0)
+        except FileNotFoundError:
+            assert not (self.keep and stage.finished)
+            stage.holder = Ring.create(stage.name, 4096, writers=1, spin=0)
+        else:
+            assert self.keep
+            stage.kept = True
+        stage.recover()
+
+
+class CreateOverAbandoned(Create):
+    """The same in the place of what a crash of everybody left behind."""
+
+    def prepare(self, me):
+        pid = os.fork()
+        if not pid:
+            try:
+                ring = Ring.create(me.name, 8192)
+                ring.write(b"nobody can want this")
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+
+
+class CreateReplaces(Create):
+    """In the place of a kept ring: killed, it leaves that one with its message, or the new one, or nothing."""
+
+    keep = replace = True
+
+    def prepare(self, me):
+        with Ring.create(me.name, 4096, writers=1, keep=True) as old:
+            old.write(message("old", 0, 40))
+
+    def read_old(self, ring):
+        return ring.stats().messages_in and ring.try_read() == message("old", 0, 40)
+
+    def meanwhile(self, stage):
+        """Nobody may have the old ring open, or it would not be replaced."""
+
+    def end(self, stage):
+        with contextlib.suppress(FileNotFoundError), Ring.open(stage.name) as ring:
+            stats = ring.stats()
+            if stats.messages_in > stats.messages_out:
+                assert not stage.finished
+                assert ring.read_many() == [message("old", 0, 40)]
+        super().end(stage)
+
+
+class Open(Case):
+    """The ring is what it was."""
+
+    def prepare(self, me):
+        pass
+
+    def operate(self, me):
+        me.open()
+
+    def go_on(self, me):
+        if me.ring is None:
+            me.open()
+        me.write()
+        me.drain()
+
+
+class Close(Case):
+    """Both roles are free afterwards, and the ring lives on."""
+
+    def prepare(self, me):
+        me.open()
+        me.write()
+        me.write()
+        me.read()
+
+    def operate(self, me):
+        me.ring.close()
+
+    def go_on(self, me):
+        me.ring.close()
+        assert me.ring.closed
+
+
+class CloseLast(Close):
+    """The last handle: the ring counts as not there afterwards, and its name can be given to a new one."""
+
+    holder = False
+
+    def prepare(self, me):
+        me.ring = Ring.create(me.name, 4096, writers=1, spin=0)
+        me.write()
+        me.read()
+
+    def meanwhile(self, stage):
+        """Whoever comes while it is stopped is told, or finds the name free and keeps what he makes of it."""
+        with contextlib.suppress(FileNotFoundError):
+            Ring.open(stage.name).close()
+        with contextlib.suppress(FileExistsError, RingBusy):
+            stage.holder = Ring.create(stage.name, 4096, writers=1, spin=0)
+
+    def end(self, stage):
+        if stage.holder is None:
+            try:
+                Ring.open(stage.name).close()
+            except FileNotFoundError:
+                pass
+            else:
+                raise AssertionError("a ring that nobody has open counts as there")
+            stage.holder = Ring.create(stage.name, 4096, writers=1, spin=0)
+        stage.recover()
+
+
+class Unlink(Case):
+    """The name is gone or leads to this ring; who has the ring open is not affected; the name can be given anew."""
+
+    def scene(self, stage):
+        stage.spare = stage.actor("x"), stage.actor("n")
+
+    def prepare(self, me):
+        me.open()
+        me.write()
+
+    def operate(self, me):
+        me.ring.unlink()
+
+    def meanwhile(self, stage):
+        """Another one that wants it gone as well."""
+        with contextlib.suppress(FileNotFoundError):
+            unlink(stage.name)
+
+    def go_on(self, me):
+        me.ring.unlink()
+        me.write()
+
+    def end(self, stage):
+        try:
+            unlink(stage.name)
+        except FileNotFoundError:
+            pass
+        else:
+            assert not stage.finished
+        other = Stage(Case(), stage.name)
+        other.recover()
+        stage.recover(*stage.spare)
+
+
+CASES = {
+    case.__name__: case()
+    for case in (
+        Write, FirstWrite, WriteMany, WriteManyLong, WritePads, WriteManyPads, WriteOnlyPads,
+        WriteFindsSleeper, WriteManyFindsSleeper, BlockedWrite, BlockedWriteMany,
+        Read, FirstRead, ReadOneByOne, ReadOverTheEnd, ReadManyOverTheEnd, ReadMany, ReadManyButNotAll, Iterate,
+        ReadFreesWriter, ReadManyFreesWriter, BlockedRead, BlockedReadMany, BlockedIterate,
+        Create, CreateOverAbandoned, CreateReplaces, Open, Close, CloseLast, Unlink,
+    )
+}  # fmt: skip
