@@ -12,7 +12,6 @@ import re
 import resource
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 

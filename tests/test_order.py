@@ -8,8 +8,8 @@ from __future__ import annotations
 import struct
 
 import pytest
-
 from fakes import FakeSegment, ask, batch, hooks_end  # noqa: F401 - a fixture
+
 from shmring import _layout
 from shmring._layout import PADDING, record_bytes
 from shmring._monitor import MonitorClosed

@@ -7,8 +7,8 @@ import gc
 import weakref
 
 import pytest
-
 from fakes import FakeSegment, ask, batch, hooks_end  # noqa: F401 - a fixture
+
 from shmring import BufferTooSmall, MessageTooLarge, RingBusy, RingCorrupted, _layout
 from shmring._layout import PADDING
 from shmring._monitor import Monitor, MonitorClosed
