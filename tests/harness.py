@@ -45,6 +45,7 @@ from shmring import Ring, RingBusy, RingTimeout, _layout, _linux
 PACKAGE = str(Path(_linux.__file__).parent) + os.sep
 MONITORING = getattr(sys, "monitoring", None)  # from 3.12 on; sys.settrace misses bytecodes there
 TOOL = 4  # of 0 to 5
+ALL_PLACES = bool(os.environ.get("SHMRING_ALL_PLACES"))  # see `Trace`
 EXACT = sys.version_info >= (3, 11)  # before, a signal handler may run wherever it pleases
 NEVER = 1 << 60
 SUPERVISORS = 2
@@ -200,17 +201,32 @@ class Actor:
 # ---------------------------------------------------------------- before the k-th bytecode
 
 
-class Trace:
-    """Calls `hit()` before the k-th bytecode that this thread runs in frames of the package, generators included."""
+# What moves values within a frame: a process that is killed or stopped after it has left the world outside as
+# before. All else may call, store to shared memory, or drop the last reference to something that closes.
+WITHIN = {
+    number for name, number in dis.opmap.items()
+    if name.startswith(("LOAD_", "POP_JUMP_", "JUMP_", "BINARY_", "UNARY_", "COMPARE_", "BUILD_"))
+    or name in ("NOP", "RESUME", "CACHE", "EXTENDED_ARG", "PRECALL", "PUSH_NULL", "KW_NAMES", "COPY", "SWAP", "IS_OP",
+                "CONTAINS_OP", "DUP_TOP", "ROT_TWO", "ROT_THREE", "UNPACK_SEQUENCE", "TO_BOOL")
+}  # fmt: skip
 
-    def __init__(self, k, hit):
+
+class Trace:
+    """Calls `hit()` before the k-th bytecode that this thread runs in frames of the package, generators included.
+
+    Unless `all_places`, only those count before which something may have changed: for a kill or a stop, outside
+    of this process; for an interrupt, those where the interpreter itself would run a signal handler.
+    """
+
+    def __init__(self, k, hit, event, all_places=ALL_PLACES):
         self.left = k
         self.paused = False
         self.where = None  # it was hit
         self.handler_runs = False  # there: the interpreter itself would run a signal handler
         self.line = ""  # of the source, there
-        self._before = None  # the frame that ran the bytecode before it, and that bytecode
+        self._before = None  # the frame that ran the bytecode before, and that bytecode
         self._hit = hit
+        self._counts = _everywhere if all_places else _handler_runs if event == "interrupt" else _may_differ
 
     def __enter__(self):
         self._thread = threading.get_ident()
@@ -223,7 +239,6 @@ class Trace:
         return self
 
     def __exit__(self, *_):
-        self._before = None
         if MONITORING:
             MONITORING.set_events(TOOL, 0)
             MONITORING.free_tool_id(TOOL)
@@ -252,32 +267,46 @@ class Trace:
     def _count(self, frame):
         if self.paused:
             return
+        code = frame.f_code
+        opcode = _bytecode(code)[frame.f_lasti]
+        before, self._before = self._before, (id(frame), opcode)  # not the frame: it must go as it would otherwise
+        if not self._counts(before, self._before):
+            return
         self.left -= 1
         if self.left == 0:
-            code = frame.f_code
-            self.handler_runs = self._before is not None and _handler_runs(frame, *self._before)
-            self._before = None
+            self.handler_runs = _handler_runs(before, self._before)
             self.line = linecache.getline(code.co_filename, frame.f_lineno or 0)
             self.where = (
-                f"{code.co_filename[len(PACKAGE) :]}:{frame.f_lineno} {code.co_name} before {_opcode(frame)}"
+                f"{code.co_filename[len(PACKAGE) :]}:{frame.f_lineno} {code.co_name} before {dis.opname[opcode]}"
                 f"{' (a signal handler may run here)' if self.handler_runs else ''}"
             )
             self._hit(self.where)
-        elif self.left == 1:
-            self._before = frame, _opcode(frame)
 
 
-def _opcode(frame):
-    return dis.opname[frame.f_code.co_code[frame.f_lasti]]
+@functools.cache
+def _bytecode(code):
+    return code.co_code
 
 
-def _handler_runs(frame, before, opcode):
-    """Would the interpreter run a signal handler between this bytecode of `before` and the next one, in `frame`?"""
-    if sys.version_info < (3, 11):
+def _everywhere(before, now):
+    return True
+
+
+def _may_differ(before, now):
+    """May the world be another one than before the last bytecode?"""
+    return before is None or before[1] not in WITHIN
+
+
+def _handler_runs(before, now):
+    """Would the interpreter run a signal handler between these two bytecodes?"""
+    if before is None:
+        return False
+    if not EXACT:
         return True  # nearly everywhere
+    opcode = dis.opname[before[1]]
     if "CALL" in opcode:
         # After a function in C that returned; one in Python begins with RESUME.
-        return before is frame and opcode != "PRECALL" and _opcode(frame) != "PUSH_EXC_INFO"
+        return before[0] == now[0] and opcode != "PRECALL" and dis.opname[now[1]] != "PUSH_EXC_INFO"
     return opcode in ("RESUME", "JUMP_BACKWARD")
 
 
@@ -530,7 +559,7 @@ class Victims:
             self._case.prepare(me)
             say("ready")
             os.read(told, 999)
-            with Trace(k, hit) as me.trace:
+            with Trace(k, hit, "kill") as me.trace:
                 self._case.operate(me)
             say("finished")
             if self._action == signal.SIGSTOP:
@@ -596,8 +625,10 @@ def kill_or_stop(case, victims, k, name, place, stop):
     return not hit
 
 
-def interrupt(case, k, name, place):
+def interrupt(case, k, name, place, swallowed=()):
     """One trial in this process. Was the operation over before its k-th bytecode?
+
+    An interrupt that comes in a finalizer the interpreter reports and drops; then it is in `swallowed`.
 
     Where a signal handler really can run nothing may be lost, but the descriptor that os.open returns
     when it runs before the assignment. Elsewhere, and before 3.11, where handlers run between a
@@ -620,7 +651,7 @@ def interrupt(case, k, name, place):
     helper = Sleeper(_look_until, stage, over) if sleeps else None
     interrupted, fresh = False, 0
     try:
-        with Trace(k, hit) as me.trace:
+        with Trace(k, hit, "interrupt") as me.trace:
             case.operate(me)
     except KeyboardInterrupt:
         interrupted = True
@@ -628,7 +659,7 @@ def interrupt(case, k, name, place):
         if not exact(me.trace):
             stage.may_be_lost = case.in_a_call
     try:
-        assert interrupted or not exact(me.trace), "the interrupt got lost"
+        assert interrupted or swallowed or not exact(me.trace), "the interrupt got lost"
         gc.collect()  # what was not handed over is gone, also if it was in a cycle
         stage.finished = True
         case.go_on(me)
@@ -672,11 +703,12 @@ def main(cases):
     die_with_parent()
     gc.freeze()
     _linux.SLICE = None
-    unraisable = []
+    unraisable, swallowed = [], []
 
     def ignored(what):
-        if what.exc_type is not KeyboardInterrupt:  # that one, where no handler would run, may come in a finalizer
-            unraisable.append(f"{what.err_msg} {what.object!r}: {what.exc_value!r}")
+        finalizer = hasattr(what.object, "gi_code") or "__del__" in repr(what.object)
+        kind = swallowed if what.exc_type is KeyboardInterrupt and finalizer else unraisable
+        kind.append(f"{what.err_msg} {what.object!r}: {what.exc_value!r}")
 
     sys.unraisablehook = ignored
     victims = None
@@ -692,10 +724,11 @@ def main(cases):
     for k in itertools.chain([NEVER], itertools.count(int(first), int(every))):  # first a rehearsal: it fills caches
         say(k=k)
         place = []  # where it came to the event
+        swallowed.clear()
         signal.alarm(int(DEADLINE))
         try:
             if event == "interrupt" or k == NEVER:
-                over = interrupt(case, k, name, place)
+                over = interrupt(case, k, name, place, swallowed)
             else:
                 victims = victims or Victims(case, signal.SIGKILL if event == "kill" else signal.SIGSTOP)
                 over = kill_or_stop(case, victims, k, name, place, stop=event == "stop")
