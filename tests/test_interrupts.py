@@ -212,10 +212,10 @@ def test_a_loop_that_is_interrupted_loses_no_message(name, bursts, size):
 def test_an_interrupted_wait_leaves_a_handle_that_works(name, bursts):
     with Ring.create(name, 4096, spin=0) as ring, Ring.open(name, spin=0) as writer:
         writer.write(bytes(4000))
-        for _ in range(300):
+        for _ in range(100):
             assert bursts.interrupted(lambda: writer.write(bytes(4000), timeout=DEADLINE))
         assert ring.read() == bytes(4000)
-        for _ in range(300):
+        for _ in range(100):
             assert bursts.interrupted(lambda: ring.read(timeout=DEADLINE))
         assert ring.stats().messages_in == ring.stats().messages_out == 1
         writer.write(b"works")

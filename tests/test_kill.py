@@ -15,11 +15,14 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("SIGKILL, SIGSTOP and open-file-description locks", allow_module_level=True)
 
-from harness import sweep
+from harness import NEVER, WITHIN, Actor, Stage, Trace, sweep
 from operations import CASES
 from support import DEADLINE, ROOT
 
-# Before every 7th bytecode, from a random one on; SHMRING_EVERY=1 is before each.
+from shmring import _linux
+
+# Before every 7th bytecode that counts (see `Trace`), from a random one on; SHMRING_EVERY=1 is before each. With
+# SHMRING_ALL_PLACES=1 all bytecodes count.
 EVERY = int(os.environ.get("SHMRING_EVERY") or 7)
 
 
@@ -30,6 +33,53 @@ def test_at_every_bytecode(case, event, children, seed):
     first = random.Random(seed).randrange(EVERY) + 1
     reached = sweep(children, case, event, EVERY, first)
     print(f"{event} in {case}: every {EVERY} of {reached} from {first} on")
+
+
+class Watch(Trace):
+    """Looks at everything outside of this process that is the ring's, before each bytecode."""
+
+    def __init__(self, name):
+        super().__init__(NEVER, None, "kill", all_places=True)
+        self.path = _linux._path(name)
+        self.places, self.changes, self.wrong = 0, 0, []
+        self._seen = self._inode = None
+
+    def _count(self, frame):
+        before = self._before
+        super()._count(frame)
+        try:
+            with open(self.path, "rb") as file:
+                content, self._inode = file.read(), f":{os.fstat(file.fileno()).st_ino} "
+        except FileNotFoundError:
+            content = None
+        with open("/proc/locks") as locks:  # of every process; each line begins with a number of no meaning
+            seen = content, [line.split(maxsplit=1)[1] for line in locks if self._inode and self._inode in line]
+        self.places += 1
+        if self._seen not in (None, seen):
+            self.changes += 1
+            if before[1] in WITHIN:
+                self.wrong.append(f"{frame.f_code.co_name}:{frame.f_lineno}")
+        self._seen = seen
+
+
+QUIET = ["Write", "WriteManyPads", "Read", "ReadMany", "Create", "Open", "Close", "Unlink"]  # nobody else acts
+
+
+@pytest.mark.parametrize("case", QUIET)
+def test_where_a_bytecode_does_not_count_the_world_is_as_before(case, name):
+    """The ring's bytes, its name and its locks, which is all that a kill leaves to others."""
+    case = CASES[case]
+    stage = Stage(case, name)
+    me = Actor(name, "v", stage.ledger.note)
+    case.prepare(me)
+    case.ready(stage)
+    with Watch(name) as me.trace:
+        case.operate(me)
+    stage.finished = True
+    me.close()
+    case.end(stage)
+    assert not me.trace.wrong
+    assert me.trace.places > 100 and me.trace.changes
 
 
 @pytest.mark.parametrize("minutes", [0.1, pytest.param(10, marks=pytest.mark.stress)])
