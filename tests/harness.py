@@ -1,9 +1,11 @@
 """One process goes through one operation, and something happens to it before the k-th bytecode.
 
 A `Case` is an operation and its scene. `sweep` runs it for one k after another until the operation
-is over before k is reached, each time with a ring of its own and with one of three events:
+is over before k is reached, each time with a ring of its own and with one of four events:
 
 - "kill": the victim kills itself with SIGKILL. A process that did not take part then looks at what is left.
+- "instruction": SIGKILL within the k-th bytecode that may change something, before some instruction of the
+  processor: from the bytecode on the victim is single-stepped by ptrace(2).
 - "stop": it stops itself with SIGSTOP. The others go on meanwhile; then it is continued, and finishes.
 - "interrupt": KeyboardInterrupt is raised in it. Its handle has to work on.
 
@@ -30,6 +32,7 @@ import itertools
 import json
 import linecache
 import os
+import random
 import select
 import signal
 import sys
@@ -51,6 +54,12 @@ NEVER = 1 << 60
 SUPERVISORS = 2
 MOST_FAILURES = int(os.environ.get("SHMRING_FAILURES") or 4)  # after which a sweep ends
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+PTRACE_TRACEME, PTRACE_SINGLESTEP = 0, 9  # <sys/ptrace.h>
+INSTRUCTIONS = 4000  # stepped at most; some 1,800 lead out of the trace function and to the bytecode's effect
+LIBC = ctypes.CDLL(None, use_errno=True)
+ptrace = LIBC["ptrace"]  # long ptrace(enum request, pid_t, void *addr, void *data)
+ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+ptrace.restype = ctypes.c_long
 
 
 # ---------------------------------------------------------------- messages, and who has seen them
@@ -214,8 +223,9 @@ WITHIN = {
 class Trace:
     """Calls `hit()` before the k-th bytecode that this thread runs in frames of the package, generators included.
 
-    Unless `all_places`, only those count before which something may have changed: for a kill or a stop, outside
-    of this process; for an interrupt, those where the interpreter itself would run a signal handler.
+    Unless `all_places`, only some count: for a kill or a stop, those before which something may have changed
+    outside of this process; within an instruction, those that may change something; for an interrupt, those
+    where the interpreter itself would run a signal handler.
     """
 
     def __init__(self, k, hit, event, all_places=ALL_PLACES):
@@ -226,7 +236,7 @@ class Trace:
         self.line = ""  # of the source, there
         self._before = None  # the frame that ran the bytecode before, and that bytecode
         self._hit = hit
-        self._counts = _everywhere if all_places else _handler_runs if event == "interrupt" else _may_differ
+        self._counts = _everywhere if all_places else COUNTS[event]
 
     def __enter__(self):
         self._thread = threading.get_ident()
@@ -297,6 +307,11 @@ def _may_differ(before, now):
     return before is None or before[1] not in WITHIN
 
 
+def _may_make_a_difference(before, now):
+    """May the world be another one after this bytecode?"""
+    return now[1] not in WITHIN
+
+
 def _handler_runs(before, now):
     """Would the interpreter run a signal handler between these two bytecodes?"""
     if before is None:
@@ -308,6 +323,11 @@ def _handler_runs(before, now):
         # After a function in C that returned; one in Python begins with RESUME.
         return before[0] == now[0] and opcode != "PRECALL" and dis.opname[now[1]] != "PUSH_EXC_INFO"
     return opcode in ("RESUME", "JUMP_BACKWARD")
+
+
+COUNTS = {
+    "kill": _may_differ, "stop": _may_differ, "interrupt": _handler_runs, "instruction": _may_make_a_difference
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------- one operation and its scene
@@ -507,16 +527,16 @@ def is_asleep(pid):
 
 
 def die_with_parent():
-    ctypes.CDLL(None)["prctl"](PR_SET_PDEATHSIG, signal.SIGKILL)
+    LIBC["prctl"](PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Victims:
     """Forks a victim for each k from a process that never had a handle. Tells by lines how it goes with it."""
 
-    def __init__(self, case, action):
+    def __init__(self, case, event):
         self.pid = 0  # of the victim that was started last
         self.place = []
-        self._case, self._action = case, action
+        self._case, self._event = case, event
         self._lines = []
         told, self._tell = os.pipe()
         self._heard, say = os.pipe()
@@ -546,23 +566,41 @@ class Victims:
                 self._be_victim(int(k), Actor(name, "v", say), told, say)
             say(f"pid {pid}")
             status = 0x7F
+            if self._event == "instruction":
+                status = self._step_and_kill(pid, int(k), say)
+                say(f"ended {status}")
             while os.WIFSTOPPED(status):
                 _, status = os.waitpid(pid, os.WUNTRACED)
                 say(f"ended {status}" if not os.WIFSTOPPED(status) else "stopped")
 
+    def _step_and_kill(self, pid, k, say):
+        """Let a victim come to its bytecode, and some instructions further, and kill it; its status."""
+        _, status = os.waitpid(pid, os.WUNTRACED)
+        steps = random.Random(k).randrange(INSTRUCTIONS)
+        for _ in range(steps):
+            if not os.WIFSTOPPED(status):
+                return status  # it was over before
+            ptrace(PTRACE_SINGLESTEP, pid, None, None)
+            _, status = os.waitpid(pid, 0)
+        say(f"at instruction {steps} from there")
+        os.kill(pid, signal.SIGKILL)
+        return os.waitpid(pid, 0)[1]
+
     def _be_victim(self, k, me, told, say):
         def hit(where):
             say(f"at {where}")
-            os.kill(os.getpid(), self._action)
+            if self._event == "instruction":
+                assert ptrace(PTRACE_TRACEME, 0, None, None) == 0, os.strerror(ctypes.get_errno())
+            os.kill(os.getpid(), signal.SIGKILL if self._event == "kill" else signal.SIGSTOP)
 
         try:
             self._case.prepare(me)
             say("ready")
             os.read(told, 999)
-            with Trace(k, hit, "kill") as me.trace:
+            with Trace(k, hit, self._event) as me.trace:
                 self._case.operate(me)
             say("finished")
-            if self._action == signal.SIGSTOP:
+            if self._event == "stop":
                 self._case.go_on(me)
                 me.close()
             os._exit(0)
@@ -730,7 +768,7 @@ def main(cases):
             if event == "interrupt" or k == NEVER:
                 over = interrupt(case, k, name, place, swallowed)
             else:
-                victims = victims or Victims(case, signal.SIGKILL if event == "kill" else signal.SIGSTOP)
+                victims = victims or Victims(case, event)
                 over = kill_or_stop(case, victims, k, name, place, stop=event == "stop")
             assert not unraisable, unraisable
         except BaseException:
