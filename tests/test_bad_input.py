@@ -1102,6 +1102,7 @@ def address_space():
 def test_without_address_space_a_call_says_so_and_succeeds_once_there_is_some(name, children, call):
     size = 1 << 30
     with Ring.create(name, size, writers=1, keep=True) as ring:
+
         def child():
             healthy = Healthy(name)
             before = holdings(name)
@@ -1150,6 +1151,7 @@ def test_a_message_for_which_there_is_no_memory_stays(name, children, way):
 
 def test_with_small_files_only_create_and_the_first_write_say_so_and_succeed_later(name, children):
     """Python ignores the signal that a file which grows too large would send."""
+
     def child():
         healthy = Healthy(name)
         before = holdings(name)

@@ -118,7 +118,8 @@ def test_a_ring_that_is_open_at_the_end(run, place):
 
 def test_a_finalizer_that_closes_the_ring_may_come_at_any_moment_of_the_end(run):
     """Here the collector is made to run while the ring leaves."""
-    assert run("""
+    assert (
+        run("""
         from shmring import _linux
         remove = _linux._remove
         def remove_slowly(*args):
@@ -133,12 +134,15 @@ def test_a_finalizer_that_closes_the_ring_may_come_at_any_moment_of_the_end(run)
         atexit.register(gc.enable)
         gc.disable()
         Owner()
-    """) == ""
+    """)
+        == ""
+    )
 
 
 def test_a_thread_that_closes_the_ring_while_the_interpreter_ends(run):
     """It closes the descriptor, and opens another ring, which may get the number."""
-    assert run("""
+    assert (
+        run("""
         from shmring import _linux
         remove, inside, go_on = _linux._remove, threading.Event(), []
         def remove_slowly(*args):
@@ -155,7 +159,9 @@ def test_a_thread_that_closes_the_ring_while_the_interpreter_ends(run):
             go_on.pop().close()
         ring = used()
         threading.Thread(target=close, daemon=True).start()
-    """) == ""
+    """)
+        == ""
+    )
 
 
 @pytest.mark.parametrize("place", [
@@ -181,7 +187,8 @@ THREADS = {
 
 @pytest.mark.parametrize("what", THREADS)
 def test_a_daemon_thread_that_waits(run, what):
-    assert run(f"""
+    assert (
+        run(f"""
         ready = []
         def wait(ring):
             {THREADS[what]}
@@ -189,7 +196,9 @@ def test_a_daemon_thread_that_waits(run, what):
         thread.start()
         with Ring.open(name) as other:
             wait_until(lambda: parked(other) or ready)
-    """) == ""
+    """)
+        == ""
+    )
 
 
 @pytest.mark.parametrize("rounds", [1, pytest.param(30, marks=pytest.mark.stress)])
@@ -199,7 +208,8 @@ def test_a_daemon_thread_that_waits(run, what):
 def test_daemon_threads_that_are_inside_in_the_end(run, rounds, end):
     """Where they are when the interpreter stops them is a matter of chance."""
     for _ in range(rounds):
-        assert run(f"""
+        assert (
+            run(f"""
         class Late:
             def __init__(self): self.ring = ring
             def __del__(self): self.ring.close()
@@ -216,11 +226,14 @@ def test_daemon_threads_that_are_inside_in_the_end(run, rounds, end):
             threading.Thread(target=stream, args=(ring,), daemon=True).start()
         wait_until(lambda: ring.stats().messages_out > 100)
         {end}
-    """) == ""
+    """)
+            == ""
+        )
 
 
 def test_a_thread_that_still_uses_the_ring_when_the_main_thread_is_done(run):
-    assert run("""
+    assert (
+        run("""
         def use(ring):
             threading.main_thread().join()
             for number in range(1000):
@@ -228,7 +241,9 @@ def test_a_thread_that_still_uses_the_ring_when_the_main_thread_is_done(run):
                 assert ring.read() == b"%d" % number
             print("done")
         threading.Thread(target=use, args=(used(),)).start()
-    """) == "done\n"
+    """)
+        == "done\n"
+    )
 
 
 @pytest.mark.parametrize("close", ["atexit", "explicit", "shutdown first"])
@@ -239,27 +254,34 @@ def test_a_pool_of_threads_whose_worker_is_blocked(run, close):
         "explicit": "ring.close()",
         "shutdown first": "pool.shutdown(wait=False), ring.close()",
     }
-    assert run(f"""
+    assert (
+        run(f"""
         ring = used()
         pool = ThreadPoolExecutor(2)
         futures = [pool.submit(ring.read) for _ in range(2)]
         wait_until(lambda: parked(ring))
         {closing[close]}
-    """) == ""
+    """)
+        == ""
+    )
 
 
 def test_a_worker_of_a_pool_that_reads_to_the_end(run):
-    assert run("""
+    assert (
+        run("""
         ring = used()
         pool = ThreadPoolExecutor(1)
         future = pool.submit(lambda: [message for message in iter(ring.read, b"end")])
         ring.write_many([b"1", b"2", b"end"])
         future.add_done_callback(lambda future: print(future.result()))
-    """) == "[b'1', b'2']\n"
+    """)
+        == "[b'1', b'2']\n"
+    )
 
 
 def test_sys_exit_in_a_thread_ends_the_thread_alone(run):
-    assert run("""
+    assert (
+        run("""
         def leave(ring):
             ring.write(b"left")
             sys.exit(3)
@@ -268,7 +290,9 @@ def test_sys_exit_in_a_thread_ends_the_thread_alone(run):
         thread.start()
         thread.join()
         print(ring.read())
-    """) == "b'left'\n"
+    """)
+        == "b'left'\n"
+    )
 
 
 # ---------------------------------------------------------------- ways to end
@@ -325,14 +349,17 @@ def test_a_signal_handler_that_calls_sys_exit_ends_a_wait_and_the_program(name, 
 
 def test_a_ring_works_in_handlers_of_atexit_that_came_before_it_and_after_it(run):
     """Handlers run in reverse order: the second before the ring's own, the first one after it."""
-    assert run("""
+    assert (
+        run("""
         def use(when):
             ring.write(b"%d" % when)
             print(ring.read(), ring.stats().lanes_in_use)
         atexit.register(use, 1)
         ring = used()
         atexit.register(use, 2)
-    """) == "b'2' 1\nb'1' 1\n"
+    """)
+        == "b'2' 1\nb'1' 1\n"
+    )
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -381,7 +408,8 @@ def write(number):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_child_of_multiprocessing_that_leaves_rings_open(run, tmp_path, method, leave):
     (tmp_path / "work.py").write_text(WORK)
-    assert run(f"""
+    assert (
+        run(f"""
         sys.path.insert(0, {str(tmp_path)!r})
         import work
         context = multiprocessing.get_context({method!r})
@@ -391,14 +419,17 @@ def test_a_child_of_multiprocessing_that_leaves_rings_open(run, tmp_path, method
         process.join()
         print(process.exitcode, ring.read(), ring.stats().lanes_in_use)
         print([entry for entry in os.listdir("/dev/shm") if entry.startswith(f"shmring.{{name}}-child")])
-    """) == "0 b'from a child' 0\n[]\n"
+    """)
+        == "0 b'from a child' 0\n[]\n"
+    )
 
 
 @pytest.mark.parametrize("end", ["pool.close(), pool.join()", "pool.terminate(), pool.join()"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_pool_of_processes_that_write_to_a_ring(run, tmp_path, method, end):
     (tmp_path / "work.py").write_text(WORK)
-    assert run(f"""
+    assert (
+        run(f"""
         sys.path.insert(0, {str(tmp_path)!r})
         import work
         ring = Ring.create(name, 4096, writers=2)
@@ -408,14 +439,19 @@ def test_a_pool_of_processes_that_write_to_a_ring(run, tmp_path, method, end):
         print(sorted(map(int, ring.read_many())) == list(range(100)))
         {end}
         print(ring.stats().lanes_in_use)
-    """) == "True\n0\n"
+    """)
+        == "True\n0\n"
+    )
 
 
 def test_a_ring_in_a_process_that_was_forked_leaves_by_sys_exit(run):
-    assert run("""
+    assert (
+        run("""
         ring = used()
         pid = os.fork()
         if pid == 0:
             sys.exit(6)
         print(os.waitpid(pid, 0)[1] >> 8)
-    """) == "6\n"
+    """)
+        == "6\n"
+    )

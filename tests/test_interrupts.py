@@ -99,7 +99,7 @@ def test_a_write_that_is_interrupted_has_written_its_message_once_or_not_at_all(
         while time.monotonic() < end:
             sent, sure = [message(number + i, size) for i in range(20)], []
 
-            def write():
+            def write(sent=sent, sure=sure):
                 if way == "write_many":
                     sure.append(WRITES[way](ring, sent))
                 else:

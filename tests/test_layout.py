@@ -180,7 +180,9 @@ def test_any_changed_byte_of_the_header_is_noticed():
             parse(bytes(packed))
 
 
-@pytest.mark.parametrize("length, error", [(0, RingIncompatible), (15, RingIncompatible), (16, RingCorrupted), (511, RingCorrupted)])
+@pytest.mark.parametrize(
+    "length, error", [(0, RingIncompatible), (15, RingIncompatible), (16, RingCorrupted), (511, RingCorrupted)]
+)
 def test_a_cut_header_is_refused(length, error):
     with pytest.raises(error):
         parse(header()[:length], length)
@@ -195,7 +197,8 @@ def test_a_file_of_another_size_than_the_header_says_is_refused(size):
 @pytest.mark.parametrize("arguments, error", [
     ((0, 1, "one"), ValueError), ((-1, 1, "one"), ValueError), (((1 << 40) + 1, 1, "one"), ValueError),
     ((1, 0, "one"), ValueError), ((1, 4097, "one"), ValueError), ((1, 1, "compete"), ValueError),
-    ((1.0, 1, "one"), TypeError), (("1", 1, "one"), TypeError), ((True, 1, "one"), TypeError), ((1, None, "one"), TypeError),
+    ((1.0, 1, "one"), TypeError), (("1", 1, "one"), TypeError), ((True, 1, "one"), TypeError),
+    ((1, None, "one"), TypeError),
 ])  # fmt: skip
 def test_a_shape_that_cannot_be_is_refused_with_its_value(arguments, error):
     with pytest.raises(error, match=r"capacity|writers|readers"):
@@ -218,7 +221,8 @@ def test_a_name_of_printable_ascii_is_taken_as_it_is(name):
 
 @pytest.mark.parametrize("name, quoted", [
     ("", "''"), ("x" * 201, "xxx"), ("/a", "'/a'"), ("a/b", "'a/b'"), ("../a", "'../a'"), ("a\\b", r"'a\\\\b'"),
-    ("a b", "'a b'"), ("a\0b", r"'a\\x00b'"), ("a\n", r"'a\\n'"), ("\x7f", r"'\\x7f'"), ("häh", "'häh'"), ("\ud800", r"ud800"),
+    ("a b", "'a b'"), ("a\0b", r"'a\\x00b'"), ("a\n", r"'a\\n'"), ("\x7f", r"'\\x7f'"), ("häh", "'häh'"),
+    ("\ud800", r"ud800"),
 ])  # fmt: skip
 def test_another_name_is_refused_and_quoted(name, quoted):
     with pytest.raises(ValueError, match="a ring's name") as caught:

@@ -273,6 +273,7 @@ def test_a_buffer_to_read_into_is_free_when_read_is_over_and_stays_whole_after_c
         with pytest.raises(RingTimeout):
             ring.read(view, timeout=0.001)
     elif end == "closed while it waits":
+
         def close(ring=ring):
             wait_until(lambda: ring.stats().readers_parked)
             ring.close()
@@ -581,7 +582,10 @@ class Orphans:
 
 def test_a_handle_opened_while_another_thread_forks_gives_the_child_none_of_its_claims(name, children):
     """Opened after the ring's hook has run and before the fork itself."""
-    orphans = Orphans(children, name, """if True:
+    orphans = Orphans(
+        children,
+        name,
+        """if True:
         made = []
 
         def before():
@@ -600,7 +604,8 @@ def test_a_handle_opened_while_another_thread_forks_gives_the_child_none_of_its_
         before = None
         os.write(1, b"!")
         time.sleep(60)
-        """)
+        """,
+    )
     with Ring.create(name, 4096, writers=1) as ring:
         orphans.ready(1)
         with pytest.raises(RingBusy):
@@ -612,7 +617,10 @@ def test_a_handle_opened_while_another_thread_forks_gives_the_child_none_of_its_
 
 
 def test_a_lane_is_not_shared_with_a_child_forked_while_its_handle_was_opened(name, children):
-    orphans = Orphans(children, name, """if True:
+    orphans = Orphans(
+        children,
+        name,
+        """if True:
         made = []
 
         def before():
@@ -630,7 +638,8 @@ def test_a_lane_is_not_shared_with_a_child_forked_while_its_handle_was_opened(na
         orphan(use)
         os.write(1, b"!")
         time.sleep(60)
-        """)
+        """,
+    )
     with Ring.create(name, 4096, writers=1) as ring:
         orphans.ready(1)
         orphans.say(b"x", 1)
@@ -640,7 +649,10 @@ def test_a_lane_is_not_shared_with_a_child_forked_while_its_handle_was_opened(na
 
 
 def test_a_child_forked_without_descriptors_left_keeps_no_claim_of_any_handle(name, children):
-    orphans = Orphans(children, name, """if True:
+    orphans = Orphans(
+        children,
+        name,
+        """if True:
         sys.unraisablehook = lambda _: None  # the fork says that it could not give each handle a descriptor
         first, second, third = (Ring.open(name) for _ in range(3))
         first.write(b""), second.write(b""), third.try_read()
@@ -654,7 +666,8 @@ def test_a_child_forked_without_descriptors_left_keeps_no_claim_of_any_handle(na
         orphan()
         os.write(1, b"!")
         time.sleep(60)
-        """)
+        """,
+    )
     with Ring.create(name, 4096, writers=2) as ring:
         orphans.ready(1)
         assert (ring.stats().lanes_in_use, ring.stats().readers) == (2, 1)
@@ -707,10 +720,14 @@ def test_children_forked_while_other_threads_open_write_and_close_keep_no_claim_
     rng = random.Random(seed)
     for _ in range(rounds):
         with Ring.create(name, 4096, writers=16) as ring:
-            orphans = Orphans(children, name, f"""
+            orphans = Orphans(
+                children,
+                name,
+                f"""
 sys.setswitchinterval({rng.choice([1e-6, 1e-5, 1e-4])})
 count = {count}
-if True:""" + """
+if True:"""
+                + """
                 over = threading.Event()
 
                 def use(wanted):
@@ -737,7 +754,8 @@ if True:""" + """
                     thread.join()
                 os.write(1, b"!")
                 time.sleep(60)
-                """)
+                """,
+            )
             orphans.ready(count)
             orphans.kill_parent()
             stats = ring.stats()

@@ -182,7 +182,9 @@ def test_a_truncated_ring_is_not_opened_and_not_touched(name, cut, remove):
         assert status(name) == before
 
 
-@pytest.mark.parametrize("offset, error", [(0, RingIncompatible), (8, RingIncompatible), (12, RingIncompatible), (24, RingCorrupted)])
+@pytest.mark.parametrize(
+    "offset, error", [(0, RingIncompatible), (8, RingIncompatible), (12, RingIncompatible), (24, RingCorrupted)]
+)
 def test_a_ring_with_a_foreign_header_is_not_opened(name, offset, error):
     with Ring.create(name, 4096):
         with open(path(name), "r+b") as file:

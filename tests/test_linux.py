@@ -325,6 +325,7 @@ def test_a_forked_child_that_closes_takes_nothing_from_its_parent(name, children
 
 def test_generations_of_forks_each_have_a_handle_of_their_own(name, children):
     with Ring.create(name, writers=8) as ring:
+
         def descend(depth):
             ring.write(b"%d" % depth)
             if depth:
@@ -391,7 +392,8 @@ def shared_memory():
 def test_a_forked_child_does_not_announce_that_its_parents_reader_is_awake(name, children):
     """What the child inherited of its parent's state goes away, whenever that is, and touches no shared word."""
     process = children.python(
-        FORK_SCRIPT + """if True:
+        FORK_SCRIPT
+        + """if True:
         with Ring.create(name, spin=0) as ring, Ring.open(name) as writer:
             writer.write(b"0")
             assert ring.read() == b"0"
@@ -413,7 +415,8 @@ def test_a_forked_child_does_not_announce_that_its_parents_reader_is_awake(name,
 
 def test_a_forked_child_does_not_announce_that_its_parents_writer_is_awake(name, children):
     process = children.python(
-        FORK_SCRIPT + """if True:
+        FORK_SCRIPT
+        + """if True:
         with Ring.create(name, 4096, writers=1, spin=0) as ring, Ring.open(name) as reader:
             while ring.try_write(bytes(1000)):
                 pass
@@ -435,7 +438,8 @@ def test_a_forked_child_does_not_announce_that_its_parents_writer_is_awake(name,
 
 def test_a_thread_that_sleeps_during_a_fork_is_woken_afterwards(name, children):
     process = children.python(
-        FORK_SCRIPT + """if True:
+        FORK_SCRIPT
+        + """if True:
         with Ring.create(name, spin=0) as ring, Ring.open(name) as writer:
             got = []
             thread = started(lambda: got.append(ring.read()))
@@ -455,7 +459,8 @@ def test_a_thread_that_sleeps_during_a_fork_is_woken_afterwards(name, children):
 
 def test_a_handle_that_is_closed_while_another_thread_forks_leaves_nothing(name, children):
     process = children.python(
-        FORK_SCRIPT + """if True:
+        FORK_SCRIPT
+        + """if True:
         ring = Ring.create(name)
         forking, closed = threading.Event(), threading.Event()
 
@@ -494,7 +499,8 @@ def test_a_handle_that_is_closed_while_another_thread_forks_leaves_nothing(name,
 
 def test_two_threads_that_fork_at_once_make_children_with_a_handle_each(name, children):
     process = children.python(
-        FORK_SCRIPT + """if True:
+        FORK_SCRIPT
+        + """if True:
         ring = Ring.create(name, writers=1)
         forking, forked = threading.Event(), threading.Event()
         first_told, first_tell = os.pipe()
@@ -581,6 +587,7 @@ def test_closerange_over_a_live_handle_gives_a_clear_error_and_spares_the_descri
 
 def test_after_closerange_a_new_handle_of_the_same_ring_is_spared(name, children):
     with Ring.create(name, writers=1):
+
         def child():
             os.closerange(3, 256)
             lost = Ring.open(name)
@@ -713,7 +720,8 @@ def fill():
 
 def test_without_memory_create_says_so_and_leaves_nothing(children):
     process = children.python(
-        SMALL + """if True:
+        SMALL
+        + """if True:
         def create():
             return Ring.create("small", 4096, writers=4096)  # its control words alone are more than there is
         refused(create)
@@ -733,7 +741,8 @@ def test_without_memory_create_says_so_and_leaves_nothing(children):
 
 def test_without_memory_the_first_write_says_so_and_everything_goes_on(children):
     process = children.python(
-        SMALL + """if True:
+        SMALL
+        + """if True:
         with Ring.create("small", 65536, writers=4) as first, Ring.open("small") as second, \\
                 Ring.open("small") as third, Ring.open("small") as fourth:
             first.write(b"1")
@@ -765,7 +774,8 @@ def test_without_memory_the_first_write_says_so_and_everything_goes_on(children)
 
 def test_without_memory_whoever_writes_no_message_needs_none(children):
     process = children.python(
-        SMALL + """if True:
+        SMALL
+        + """if True:
         with Ring.create("small", 65536, writers=2, spin=0) as ring:
             fill()
             with Ring.open("small") as other:
@@ -793,7 +803,8 @@ def test_without_memory_whoever_writes_no_message_needs_none(children):
 
 def test_without_memory_a_reader_that_sleeps_is_woken_by_those_who_have_some(children):
     process = children.python(
-        SMALL + """if True:
+        SMALL
+        + """if True:
         import threading
         from shmring import _linux
         _linux.SLICE = None
@@ -819,7 +830,8 @@ def test_without_memory_a_reader_that_sleeps_is_woken_by_those_who_have_some(chi
 
 def test_a_read_only_directory_is_a_clear_error(children):
     process = children.python(
-        SMALL + """if True:
+        SMALL
+        + """if True:
         ring = Ring.create("small", 4096)
         ring.write(b"1")
         subprocess.run(["mount", "--bind", "/dev/shm", "/dev/shm"], check=True)
@@ -840,7 +852,8 @@ def test_a_read_only_directory_is_a_clear_error(children):
 
 def test_a_missing_directory_is_a_clear_error(children):
     process = children.python(
-        SMALL + """if True:
+        SMALL
+        + """if True:
         subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/dev"], check=True)
         for function, text in ((Ring.create, "/dev/shm"), (Ring.open, "small"), (unlink, "small")):
             try:
@@ -868,6 +881,7 @@ def without_membarrier(monkeypatch, *which):
 def wake_each_other(name, children, turns=30):
     """A reader that sleeps before each message, and a writer in another process that sleeps before each answer."""
     with Ring.create(f"{name}-to", spin=0) as to, Ring.create(f"{name}-from", 4096, spin=0) as back:
+
         def answer():
             for _ in range(turns):
                 back.write(to.read())
@@ -913,6 +927,7 @@ def test_who_cannot_register_fences_by_himself(name, monkeypatch):
 def test_who_cannot_make_others_fence_looks_again_by_himself(name, children, endless, monkeypatch):
     """What the sleeper cannot see for lack of a fence is a bell that does not ring: here none does."""
     with Ring.create(name, 4096, writers=2, spin=0) as ring:
+
         def write_unheard():
             monkeypatch.setattr(_linux.Segment, "ring", lambda segment, bell: None)
             ring.write(b"1")  # its claim would ring
@@ -952,6 +967,7 @@ def test_slices_serve_signals_only(name, children, endless):
     """Blocked writers and readers with no slices, no deadline and no spinning: only the bells move them."""
     messages = [b"%d" % number + bytes(900) for number in range(3000)]
     with Ring.create(name, 4096, writers=1, spin=0) as ring:
+
         def write():
             for message in messages:
                 ring.write(message)

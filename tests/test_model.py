@@ -30,7 +30,9 @@ class Model:
         size = self.random.choice([0, 1, 2, 8, self.random.randrange(64), self.random.randrange(CAPACITY - 7)])
         if self.random.random() < 0.02:
             size = CAPACITY - 8
-        return (bytes([lane]) + self.random.getrandbits(64).to_bytes(8, "little") * (size // 8 + 1))[: max(size, lane > 0)]
+        return (bytes([lane]) + self.random.getrandbits(64).to_bytes(8, "little") * (size // 8 + 1))[
+            : max(size, lane > 0)
+        ]
 
     def writer(self):
         index = self.random.randrange(LANES)
@@ -55,7 +57,9 @@ class Model:
 
     def write_many(self):
         handle, lane = self.writer()
-        messages = [self.message(lane)[: self.random.choice([1, 9, 40, CAPACITY])] for _ in range(self.random.randrange(1, 30))]
+        messages = [
+            self.message(lane)[: self.random.choice([1, 9, 40, CAPACITY])] for _ in range(self.random.randrange(1, 30))
+        ]
         if self.random.random() < 0.5:
             messages = [messages[0]] * len(messages)
         try:

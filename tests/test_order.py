@@ -217,7 +217,9 @@ def test_the_reader_copies_after_it_looked_and_frees_after_it_copied(size, reque
         answer = bytes(request.view[:answer])
     assert answer in (payload(size), [payload(size)])
     log = segment.log[segment.log.index("claim reader") :]
-    looked, copied, freed = (len(log) - 1 - log[::-1].index(e) for e in ("load write_pos", "load record", "store read_pos"))
+    looked, copied, freed = (
+        len(log) - 1 - log[::-1].index(e) for e in ("load write_pos", "load record", "store read_pos")
+    )
     assert looked < log.index("order", looked) < copied < log.index("order", copied) < freed
 
 
@@ -278,10 +280,15 @@ def test_the_reader_rings_once_for_each_epoch_and_only_when_there_is_the_room_th
         assert segment.peek("read_pos") == 16 * taken
         assert segment.log.count("ring writer_bell") == rings, (epoch, wanted)
         if epoch & 1 and "load writer_wanted" in segment.log:
-            assert "order" in segment.log[segment.log.index("load writer_parked") : segment.log.index("load writer_wanted")]
+            assert (
+                "order"
+                in segment.log[segment.log.index("load writer_parked") : segment.log.index("load writer_wanted")]
+            )
 
 
-@pytest.mark.parametrize("where", ["store messages_out", "fence", "load writer_parked", "load writer_wanted", "ring writer_bell"])
+@pytest.mark.parametrize(
+    "where", ["store messages_out", "fence", "load writer_parked", "load writer_wanted", "ring writer_bell"]
+)
 @pytest.mark.parametrize("request_for", READS[:3])
 def test_a_reader_that_is_interrupted_after_freeing_loses_no_message(request_for, where):
     """R3 to R5: what is out of the ring, but did not reach the caller, comes with the next call."""
@@ -324,7 +331,9 @@ def test_the_sleeper_notes_announces_fences_looks_again_sleeps_and_takes_it_back
     """S1, S2, S3, S4, S5, S6, in this order."""
     segment, reader = parked_reader()
     epochs = []
-    segment.hooks["sleeper_fence"] = segment.hooks["wait reader_bell"] = lambda: epochs.append(segment.peek("reader_parked"))
+    segment.hooks["sleeper_fence"] = segment.hooks["wait reader_bell"] = lambda: epochs.append(
+        segment.peek("reader_parked")
+    )
     sleep(reader)
     order = ["load reader_bell", "store reader_parked", "sleeper_fence", "load used", "wait reader_bell"]
     assert follows(segment.log, *order)
@@ -354,7 +363,11 @@ def test_the_sleeper_does_not_sleep_over_what_came_while_it_announced_itself(whe
     """S4 comes after S2 and S3, and looks at every lane, also at one that was never used before."""
     segment, reader = parked_reader(writers=3)
     other = FakeSegment(peer=segment)
-    segment.hooks[where] = lambda: (segment.hooks.clear(), other.claims.update({_layout.LANE: segment}), ask(Writer(other), b"x"))
+    segment.hooks[where] = lambda: (
+        segment.hooks.clear(),
+        other.claims.update({_layout.LANE: segment}),
+        ask(Writer(other), b"x"),
+    )
     sleep(reader)
     assert segment.peek("write_pos 1") == 16
     assert not segment.waits and segment.peek("reader_parked") == 2
@@ -395,10 +408,14 @@ def test_a_writer_says_what_it_waits_for_before_it_announces_itself():
     ask(writer, b"x")
     segment.log.clear()
     wanted = []
-    segment.hooks["wait writer_bell"] = lambda: wanted.append((segment.peek("writer_wanted"), segment.peek("writer_parked")))
+    segment.hooks["wait writer_bell"] = lambda: wanted.append(
+        (segment.peek("writer_wanted"), segment.peek("writer_parked"))
+    )
     writer.parking.park(lambda: True, 4096, None)
     assert wanted == [(4096, 1)]
-    assert follows(segment.log, "load writer_bell", "store writer_wanted", "order", "store writer_parked", "sleeper_fence")
+    assert follows(
+        segment.log, "load writer_bell", "store writer_wanted", "order", "store writer_parked", "sleeper_fence"
+    )
 
 
 def test_threads_that_sleep_in_one_handle_are_all_announced_until_the_last_has_left():
@@ -458,7 +475,10 @@ def test_wherever_a_write_falls_into_a_readers_way_to_sleep_it_is_seen_or_rings(
         ask(writer, request_for(b"claims"))
         assert ask(reader, None) == b"claims" and ask(reader, None) is None
         segment.log.clear()
-        segment.hooks[point] = lambda writer=writer, segment=segment: (segment.hooks.clear(), ask(writer, request_for(b"x")))
+        segment.hooks[point] = lambda writer=writer, segment=segment: (
+            segment.hooks.clear(),
+            ask(writer, request_for(b"x")),
+        )
         sleep(reader)
         assert not sleeps_for_ever(segment, segment.peek("reader_bell")) or segment.hooks, point
         if segment.hooks:

@@ -203,6 +203,7 @@ def test_more_writers_than_lanes_are_refused_and_get_their_turn_later(name, chil
     told, tell = pipe()
     ready, say = pipe()
     with Ring.create(name, writers=3) as ring:
+
         def hold():
             ring.write(b"held")
             os.write(say, b"x")
@@ -258,6 +259,7 @@ def test_a_blocked_writer_is_woken_by_the_reader(name, children, endless):
 def test_a_blocked_reader_is_woken_by_each_of_several_writers(name, children, pipe, endless):
     told, tell = pipe()
     with Ring.create(name, 4096, writers=5, spin=0) as ring:
+
         def read():
             for data in ring:
                 os.write(tell, data)
@@ -309,6 +311,7 @@ def test_ping_pong_with_a_spawned_process(name, children):
 def test_full_lanes_in_both_directions_block_nobody_for_good(name, children, endless):
     """Each process has a thread that reads and one that writes, and lanes too small for what is under way."""
     with Ring.create(f"{name}-to", 4096, spin=0) as to, Ring.create(f"{name}-back", 4096, spin=0) as back:
+
         def both(mine, yours):
             thread = threading.Thread(target=write_numbered, args=(mine, 1, 1000))
             thread.start()
@@ -361,6 +364,7 @@ def test_what_a_killed_writer_had_written_is_read_once_and_whole(name, children,
 
 def test_a_reader_asleep_is_woken_by_the_successor_of_a_killed_writer(name, children, endless):
     with Ring.create(name, 4096, writers=1, spin=0) as ring, Ring.open(name) as successor:
+
         def die():
             ring._segment.ring = lambda bell: os.kill(os.getpid(), signal.SIGKILL)
             ring.write(b"")
@@ -416,6 +420,7 @@ def test_the_next_reader_goes_on_where_a_killed_one_was(name, children, seed, en
 def test_a_writer_on_a_full_lane_is_woken_when_a_killed_readers_successor_frees_room(name, children, pipe, endless):
     told, tell = pipe()
     with Ring.create(name, 4096, writers=1, spin=0) as ring:
+
         def read_one():
             assert ring.read() == message(1, 0)
             os.write(tell, b"x")
@@ -551,6 +556,7 @@ WAITS = {
 def test_control_c_ends_a_wait_with_keyboard_interrupt_and_the_handle_works_on(name, children, pipe, what, threads):
     ready, say = pipe()
     with Ring.create(name, 4096, writers=2) as ring, Ring.open(name) as other:
+
         def wait():
             signal.signal(signal.SIGINT, signal.default_int_handler)
             done = threading.Event()
@@ -745,6 +751,7 @@ def idle_time(wait):
 @pytest.mark.parametrize("what", ["reader", "writer"])
 def test_who_is_parked_uses_no_processor_time(name, children, what):
     with Ring.create(name, 4096, writers=1) as ring:
+
         def wait():
             if what == "reader":
                 assert idle_time(lambda: ring.read(timeout=0.5)) < 0.005
@@ -794,6 +801,7 @@ def test_nobody_calls_the_system_while_nobody_sleeps(name, children, monkeypatch
 def test_each_sleep_is_ended_by_one_ring_of_each_writer(name, children, monkeypatch, endless):
     words = Words()
     with Ring.create(name, 4096, writers=2) as ring:
+
         def write(slot):
             counted(monkeypatch, words, slot)
             write_numbered(ring, slot, 3000)

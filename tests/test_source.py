@@ -77,7 +77,9 @@ def test_the_packages_own_name_is_in_no_lookup(tree):
         if isinstance(node, ast.Call):
             function = ast.unparse(node.func)
             if re.search(r"import_module|__import__|getLogger|version|files|find_spec|distribution|resource", function):
-                strings = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+                strings = [
+                    arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)
+                ]
                 assert not any(string.partition(".")[0] == "shmring" for string in strings), where(node)
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
@@ -108,7 +110,9 @@ def test_only_words_stores_a_shared_word():
             if not isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Delete)):
                 continue
             for target in targets:
-                if isinstance(target, ast.Subscript) and re.search(r"(^|[._])(words|bells)$", ast.unparse(target.value)):
+                if isinstance(target, ast.Subscript) and re.search(
+                    r"(^|[._])(words|bells)$", ast.unparse(target.value)
+                ):
                     assert name == "_words", f"{name}: {where(node)}"
 
 
@@ -181,7 +185,11 @@ def test_what_can_be_raised_is_documented_where_a_caller_looks():
 
 # ---------------------------------------------------------------- memory order
 
-LABELS = [*(f"{side}{number}" for side in "WR" for number in range(1, 6)), *(f"S{number}" for number in range(1, 7)), "C1"]
+LABELS = [
+    *(f"{side}{number}" for side in "WR" for number in range(1, 6)),
+    *(f"S{number}" for number in range(1, 7)),
+    "C1",
+]
 
 
 def commented_lines(path):

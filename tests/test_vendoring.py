@@ -36,7 +36,12 @@ def run(vendored, *command, script=None):
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     env["PYTHONPATH"] = str(vendored)
     result = subprocess.run(
-        [sys.executable, "-W", "error", *command], cwd=vendored, env=env, capture_output=True, text=True, timeout=2 * DEADLINE
+        [sys.executable, "-W", "error", *command],
+        cwd=vendored,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=2 * DEADLINE,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -116,8 +121,9 @@ def test_importing_starts_nothing_and_opens_nothing(vendored):
         def state():
             return (
                 sorted(os.listdir("/proc/self/fd")), threading.active_count(), os.listdir("/dev/shm").count("shmring"),
-                [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGCHLD)],
-                os.getcwd(), dict(os.environ), sys.getswitchinterval(), open("/proc/self/status").read().count("SigBlk:"),
+                [signal.getsignal(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGCHLD")],
+                os.getcwd(), dict(os.environ), sys.getswitchinterval(),
+                open("/proc/self/status").read().count("SigBlk:"),
             )
 
         before = state()
