@@ -1013,7 +1013,7 @@ def test_without_descriptors_a_call_says_so_and_succeeds_once_there_are_some(nam
         assert holdings(name) == before
         healthy.check()
         ring = function(name)
-    assert bool(failed) == (left < {"open": 3, "unlink": 1, "create": 3}.get(call, 4))
+    assert bool(failed) == (left < {"open": 3, "unlink": 2, "create": 3}.get(call, 5))
     if ring:
         ring.write(b"x")
         assert ring.read_many()[-1] == b"x"

@@ -646,6 +646,7 @@ def test_a_lane_is_not_shared_with_a_child_forked_while_its_handle_was_opened(na
         assert orphans.hear(4) == b"busy", "two processes write to one lane"
         assert ring.read_many() == [b"parent"]
         orphans.kill_parent()
+        assert orphans.tell(b"", 0) == ""
 
 
 def test_a_child_forked_without_descriptors_left_keeps_no_claim_of_any_handle(name, children):
