@@ -54,6 +54,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from itertools import chain, islice
 from typing import Any, Final, NamedTuple, Optional, Protocol
@@ -148,6 +149,12 @@ class ReadRequest:
     def __init__(self) -> None:
         self.taken: list[tuple[int, int, list[bytes]]] = []
         self.owed: tuple[list[bytes] | None, list[bytes]] = None, []
+
+    def settle(self, words: memoryview, owed: list[bytes]) -> None:
+        """Forget what did not happen, while nobody else can make it happen."""
+        self.taken = [entry for entry in self.taken if words[entry[0]] >= entry[1]]
+        if self.owed[0] is owed:
+            self.owed = None, []
 
 
 class ReadBatch(ReadRequest):
@@ -275,7 +282,8 @@ class Parking:
                     deadline = soon if deadline is None else min(soon, deadline)
                 self._segment.wait(self._bell, seen, deadline)  # S5
         finally:
-            self._monitor.enter((sleeper, None))
+            with suppress(MonitorClosed):  # who waits finds out; here it would replace what a signal handler raised
+                self._monitor.enter((sleeper, None))
 
     def ring(self) -> None:
         """Have this handle's own threads look again."""
@@ -618,12 +626,13 @@ class Reader:
         """An exception kept the answer to `request` from the caller: the next one gets it."""
         words = self._segment.words
         before, owed = request.owed
-        lost = owed if before is not self._owed else []
+        lost = owed if before is not None and before is not self._owed else []
         for read_pos, pos, messages in request.taken:
             if words[read_pos] >= pos:
                 lost = lost + messages
         if lost:
-            self.monitor.enter(GiveBack(lost))
+            with suppress(MonitorClosed):  # nobody is left to get them
+                self.monitor.enter(GiveBack(lost))
 
     def _take_owed(self, request: ReadRequest, most: int) -> list[bytes]:
         before = self._owed
@@ -932,6 +941,8 @@ class Reader:
         except BaseException:
             if lane is not none and words[lane.read_pos] != given and type(message) is bytes:
                 self._owed = [*self._owed, message]  # out of the ring, but not handed over
+            if isinstance(message, ReadRequest):
+                message.settle(words, self._owed)
             # It may have come between R3 and R5. If another one comes here, the next operation does C1.
             if self.parking is not None:
                 self._make_good()
