@@ -167,20 +167,22 @@ def _leads_to(path: str, fd: int) -> bool:
     return os.path.samestat(named, os.fstat(fd))
 
 
-def _open(name: str) -> int:
+def _note_open(noted: list[int], path: str, flags: int, mode: int = 0o600) -> int:
+    """os.open whose descriptor is noted in one call in C: an exception of a signal handler cannot lose it."""
+    noted.extend(map(os.open, [path], [flags], [mode]))
+    return noted[-1]
+
+
+def _open(name: str, noted: list[int]) -> int:
     """Open what lies under a ring's name, if it is a regular file; O_NONBLOCK so that a FIFO does not block."""
     try:
-        fd = os.open(_path(name), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = _note_open(noted, _path(name), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         raise FileNotFoundError(errno.ENOENT, "there is no ring of this name", name) from None
     except OSError as error:
         raise OSError(error.errno, f"cannot open the ring's file {_path(name)}: {error.strerror}", name) from error
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, f"{_path(name)} is no regular file, so no ring", name)
-    except BaseException:
-        os.close(fd)
-        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise OSError(errno.EINVAL, f"{_path(name)} is no regular file, so no ring", name)
     return fd
 
 
@@ -202,11 +204,16 @@ def _remove(name: str, fd: int) -> None:
 
 def unlink(name: str) -> None:
     """Remove a ring's name; FileNotFoundError if there is none. Open handles stay as they are."""
-    fd = _open(name)
+    passing = Segment(name)
+    noted: list[int] = []
     try:
-        _remove(name, fd)
+        fd = _open(name, noted)
+        passing._open_locks(fd)  # a descriptor that forks know of: a child would keep the lock
+        _remove(name, passing._locks)
     finally:
-        os.close(fd)
+        for fd in noted:
+            os.close(fd)
+        passing._give_up_locks()
 
 
 class Segment:
@@ -234,10 +241,10 @@ class Segment:
         """Make the ring's file and give it its name."""
         self = cls(name)
         self.layout = layout
-        fd = -1
+        noted: list[int] = []
         try:
             try:
-                fd = os.open(DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+                fd = _note_open(noted, DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC)
                 os.ftruncate(fd, layout.segment_bytes)
                 os.posix_fallocate(fd, 0, layout.lanes_offset)
             except OSError as error:
@@ -265,15 +272,16 @@ class Segment:
             self.close(keep=True)
             raise
         finally:
-            if fd >= 0:
+            for fd in noted:
                 os.close(fd)
 
     @classmethod
     def open(cls, name: str, any_owner: bool) -> Segment:
         """Attach to a ring that somebody has open, or that is kept."""
         self = cls(name)
-        fd = _open(name)
+        noted: list[int] = []
         try:
+            fd = _open(name, noted)
             status = os.fstat(fd)
             if not any_owner and status.st_uid not in (os.geteuid(), 0):
                 what = f"the ring belongs to user {status.st_uid}; pass any_owner=True to trust that user"
@@ -294,7 +302,8 @@ class Segment:
             self.close(keep=True)
             raise
         finally:
-            os.close(fd)
+            for fd in noted:
+                os.close(fd)
         return self
 
     def _open_locks(self, fd: int) -> None:
@@ -319,7 +328,7 @@ class Segment:
             # int open(const char *pathname, int flags); one call in C opens and notes
             noted.extend(map(_quick_open, [path], [os.O_RDWR | os.O_CLOEXEC]))
             if noted[-1] >= 0:
-                _owners[noted[-1]] = id(self)
+                _owners[noted[-1]] = id(self), self._identity
                 return noted[-1]
             number = get_errno()
             noted.pop()
@@ -340,7 +349,7 @@ class Segment:
 
     def _own(self, fd: int) -> bool:
         """Is this remembered descriptor still ours? After os.closerange the number may be a stranger's."""
-        if fd < 0 or _owners.get(fd, id(self)) != id(self):
+        if fd < 0 or _owners.get(fd, (id(self),))[0] != id(self):
             return False
         try:
             status = os.fstat(fd)
@@ -363,7 +372,13 @@ class Segment:
 
     def is_claimed(self, byte: int) -> bool:
         """Does another handle hold this role now, by the kernel's word?"""
-        return self._own(self._locks) and _holder(self._locks, byte) != fcntl.F_UNLCK
+        fd = self._locks
+        try:
+            return self._own(fd) and _holder(fd, byte) != fcntl.F_UNLCK
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise
+            return False  # another thread has just closed it
 
     def reserve(self, offset: int, nbytes: int) -> None:
         """Have memory for these bytes of the segment, for good; ENOSPC if there is none."""
@@ -460,7 +475,7 @@ class Segment:
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         # A handle that an exception kept from ever reaching its caller; all others are closed by now.
         try:
-            self.close()
+            self.close(keep=not hasattr(self, "layout"))
         except Exception:
             if not finalizing():  # else the modules' names may be gone, and the system closes it
                 raise
@@ -470,31 +485,36 @@ class Segment:
     def before_fork(self) -> None:
         """Open the child's own description, and be present for it before the parent can go away."""
         thread = threading.get_ident()
-        if thread not in self._children:
-            noted = self._children[thread] = []
-            if self._whole and self._own(self._locks):
-                _lock(self._open_again(self._locks, noted), fcntl.F_RDLCK, _layout.PRESENCE)
+        noted = self._children.setdefault(thread, [])
+        if self._whole and self._own(self._locks):
+            if not noted or noted[0] < 0:
+                noted.clear()
+                self._open_again(self._locks, noted)
+            _lock(noted[0], fcntl.F_RDLCK, _layout.PRESENCE)
 
     def after_fork_in_parent(self) -> None:
         """The child has its description now."""
-        for fd in self._children.pop(threading.get_ident(), ()):
+        thread = threading.get_ident()
+        for fd in self._children.get(thread, ()):
             self._close(fd)
+        self._children.pop(thread, None)
 
     def after_fork_in_child(self) -> None:
         """Hold no claim of the parent's: its locks live as long as any copy of their descriptor."""
-        mine = self._children.pop(threading.get_ident(), [])
+        mine = self._children.get(threading.get_ident(), [])
         # The parent's own, and children's of its other threads.
-        strangers = [self._locks, *self._opening, *chain.from_iterable(self._children.values())]
+        for fd in (self._locks, *self._opening, *chain.from_iterable(self._children.values())):
+            if fd not in mine:
+                self._close(fd)
         self._locks = mine[0] if mine else -1
         self._opening.clear()
         self._children.clear()
-        for fd in strangers:
-            if fd != self._locks:
-                self._close(fd)
 
 
 _segments: dict[int, weakref.ref[Segment]] = {}
-_owners: dict[int, int] = {}  # which segment has a descriptor: a second handle of a ring could get a lost one's number
+# Which segment has a descriptor, and of which file: a second handle of a ring could get a lost one's number.
+_owners: dict[int, tuple[int, tuple[int, int] | None]] = {}
+_followed = [True]  # has this process done what there is to do after the fork that it comes from?
 _forking: dict[int, list[Segment]] = {}  # by thread; held, so that one that another thread closes is tidied up too
 
 
@@ -503,8 +523,26 @@ def _living() -> list[Segment]:
     return [segment for segment in [reference() for reference in list(_segments.values())] if segment is not None]
 
 
+def to_the_end(work: Callable[[], None]) -> None:
+    """Do this work in a fork's hook, also if a signal handler raises: the interpreter drops that, and goes on."""
+    failure: BaseException | None = None
+    for _ in range(100):
+        try:
+            work()
+            break
+        except BaseException as error:
+            failure = error
+    if failure is not None:
+        raise failure
+
+
 def before_fork() -> None:
     """To be called before a fork; then one of the next two, on either side."""
+    to_the_end(_before_fork)
+
+
+def _before_fork() -> None:
+    _followed[0] = False  # for the child; the parent never asks
     segments = _forking[threading.get_ident()] = _living()
     for segment in segments:
         with contextlib.suppress(OSError):  # no descriptor left: the child tries again
@@ -513,42 +551,73 @@ def before_fork() -> None:
 
 def after_fork_in_parent() -> None:
     """See `before_fork`."""
-    for segment in _forking.pop(threading.get_ident(), ()):
+    to_the_end(_after_fork_in_parent)
+
+
+def _after_fork_in_parent() -> None:
+    thread = threading.get_ident()
+    for segment in _forking.get(thread, ()):
         segment.after_fork_in_parent()
+    _forking.pop(thread, None)
 
 
 def after_fork_in_child() -> None:
     """See `before_fork`. Calling it again is harmless."""
-    for segment in _living():
+    segments = [] if _followed[0] else _living()
+    # Those last, to be taken first, that have their descriptor: this frees the parent's.
+    thread = threading.get_ident()
+    segments.sort(key=lambda segment: bool(segment._children.get(thread)))
+    to_the_end(partial(_after_fork_in_child, segments, {id(segment) for segment in segments}))
+
+
+def _after_fork_in_child(segments: list[Segment], living: set[int]) -> None:
+    if _followed[0]:
+        return
+    while segments:
         # One that another thread opened after `before_fork`, or that got no descriptor then, gets it now.
         with contextlib.suppress(OSError):
-            segment.before_fork()
-        segment.after_fork_in_child()
+            segments[-1].before_fork()
+        segments[-1].after_fork_in_child()
+        segments.pop()
+    # The collector takes the weak references away before it finalizes, in the parent's other thread just then.
+    for fd, (owner, identity) in list(_owners.items()):
+        if owner not in living:
+            _owners.pop(fd, None)
+            with contextlib.suppress(OSError):
+                status = os.fstat(fd)
+                if (status.st_dev, status.st_ino) == identity:
+                    os.close(fd)
     _forking.clear()
+    _followed[0] = True
 
 
 def _clear_the_way(name: str, replace: bool) -> bool:
     """Make room for a new ring of this name, or say why there is none. False: somebody else is at it."""
+    passing = Segment(name)
+    noted: list[int] = []
     try:
-        fd = _open(name)
-    except FileNotFoundError:
-        return True
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            raise  # it says nothing about what lies there
-        raise FileExistsError(errno.EEXIST, error.strerror, name) from error
-    try:
+        try:
+            fd = _open(name, noted)
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise  # it says nothing about what lies there
+            raise FileExistsError(errno.EEXIST, error.strerror, name) from error
         if os.pread(fd, len(_layout.MAGIC), 0) != _layout.MAGIC:
             raise FileExistsError(errno.EEXIST, f"{_path(name)} exists and is no ring; it is left alone", name)
         kept = _layout.is_kept(os.pread(fd, _layout.HEADER_BYTES, 0))
         if kept and not replace:
             what = "a kept ring of this name exists; open it, unlink it, or pass replace=True"
             raise FileExistsError(errno.EEXIST, what, name)
-        if not _lock(fd, fcntl.F_WRLCK, _layout.PRESENCE):
+        passing._open_locks(fd)  # a descriptor that forks know of: a child would keep the locks
+        if not _lock(passing._locks, fcntl.F_WRLCK, _layout.PRESENCE):
             if replace:
                 raise RingBusy(f"ring {name!r} cannot be replaced: somebody has it open")
             raise FileExistsError(errno.EEXIST, "a ring of this name exists and somebody has it open", name)
-        _remove(name, fd)
+        _remove(name, passing._locks)
         return not _leads_to(_path(name), fd)
     finally:
-        os.close(fd)
+        for fd in noted:
+            os.close(fd)
+        passing._give_up_locks()

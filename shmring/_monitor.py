@@ -20,7 +20,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Final
 from weakref import ref
 
@@ -87,8 +87,9 @@ class Monitor:
             has ended; iterating sends None. `enter` is the answer to both.
     """
 
-    def __init__(self, function: Callable[[], Generator[Any, Any, None]]) -> None:
+    def __init__(self, function: Callable[[], Generator[Any, Any, None]], within: Sequence[Any] = ()) -> None:
         self._function = function
+        self._within = within  # whose `close` the generator calls: a thread that is in there must not wait here
         self._heirs: dict[ref[Any], Any] = {}  # which generator came after which, while a thread has the dead one
         self._closed = False
         self.steps = self._start()
@@ -124,8 +125,8 @@ class Monitor:
         """
         self.refuse_reentry()
         self._closed = True
-        while True:
-            steps = self.steps
+        steps = self.steps  # maybe one that is dead, set back by a slow thread: its heirs lead to the last one
+        while steps is not None:
             try:
                 steps.close()
             except ValueError as error:
@@ -133,18 +134,23 @@ class Monitor:
                     raise
                 self._let_go()
             else:
-                if steps is self.steps:
-                    self._function = no_steps  # the old one may be a method of who has this monitor: a cycle
-                    return
+                steps = self._heirs.get(ref(steps))
+        self._function = no_steps  # the old one may be a method of who has this monitor: a cycle
 
     def _start_anew(self, dead: Any) -> None:
         if not self._closed:
             # setdefault is one step: of several threads that come here, one is first, and the others take its heir.
             # Its entry goes with the dead one, in C: no exception of a signal handler is lost in there.
-            self.steps = self._heirs.setdefault(ref(dead, self._heirs.pop), self._start())
-        if self._closed:  # looked at after the heir is where `close` finds it
-            self.steps.close()
-            raise MonitorClosed
+            heir = self._heirs.setdefault(ref(dead, self._heirs.pop), self._start())
+            if not self._closed:  # looked at after the heir is where `close` finds it
+                self.steps = heir
+                return
+            try:
+                heir.close()
+            except ValueError as error:  # somebody is inside, who came before `close`, which waits for him
+                if error.args != BUSY:
+                    raise
+        raise MonitorClosed
 
     def refuse_reentry(self) -> None:
         """Raise RuntimeError if this thread is inside, further up its stack."""
@@ -156,6 +162,8 @@ class Monitor:
                     "a ring was used by a thread that is inside an operation on it already (from a signal handler?)"
                 ) from None
             frame = frame.f_back
+        for other in self._within:
+            other.refuse_reentry()
 
     def _let_go(self) -> None:
         """Let the thread that is inside go on, unless it is this one."""

@@ -39,7 +39,7 @@ TIGHT: Final = 5e-6
 OPEN_AGAIN: Final = 0.002  # seconds between two tries of `open` with a timeout
 
 _open_rings: dict[int, weakref.ref[Ring]] = {}
-_hooks: list[bool] = []
+_hooks: set[str] = set()  # that are set
 _NOBODY: Final = Monitor(no_steps)
 _NOBODY.close()
 
@@ -119,7 +119,8 @@ class Ring:
         """Begin with no role; also in a forked child, where the parent's states must not be used."""
         self._writer = Writer(self._segment)
         self._reader = Reader(self._segment)
-        self._ending = Monitor(partial(_ending, self._writer, self._reader, self._segment))
+        sides = self._writer, self._reader
+        self._ending = Monitor(partial(_ending, *sides, self._segment), sides)
         self._send = self._writer.monitor.steps.send
         self._messages = self._reader.monitor.steps
 
@@ -386,7 +387,8 @@ class Ring:
                     os_backend.yield_processor()
         except BaseException as error:
             if message is not None:
-                self._enter_reader(GiveBack([message]))
+                with suppress(RingClosed):  # nobody is left to get it
+                    self._enter_reader(GiveBack([message]))
             if not isinstance(error, ValueError) or error.args != BUSY:
                 raise
         if buf is None and max_len is None:
@@ -410,7 +412,8 @@ class Ring:
                 return message  # type: ignore[no-any-return]
         except BaseException as error:
             if message is not None:
-                self._enter_reader(GiveBack([message]))
+                with suppress(RingClosed):  # nobody is left to get it
+                    self._enter_reader(GiveBack([message]))
             if not isinstance(error, ValueError) or error.args != BUSY:
                 raise
         request = ReadOne(self.max_message)
@@ -791,23 +794,25 @@ def _unpickle(cls: type[Ring], name: str, nonce: bytes, any_owner: bool, spin: f
 
 def _set_hooks() -> None:
     """Have handles follow forks, and leave at the end of the process. Before the first of them; twice is harmless."""
-    if not _hooks:
-        os.register_at_fork(
-            before=os_backend.before_fork,
-            after_in_parent=os_backend.after_fork_in_parent,
-            after_in_child=_after_fork_in_child,
-        )
+    if "the system's" not in _hooks:
+        for _ in range(2):  # the first may end at once by a signal handler's exception, which the interpreter drops
+            os.register_at_fork(
+                before=os_backend.before_fork,
+                after_in_parent=os_backend.after_fork_in_parent,
+                after_in_child=_after_fork_in_child,
+            )
         atexit.register(_leave_all)
         _leave_with_multiprocessing()
-        _hooks.append(True)
+        _hooks.add("the system's")
 
 
 def _leave_with_multiprocessing() -> None:
-    """Its children end by os._exit, without atexit, but with its own finalizers."""
+    """Its children end by os._exit, without atexit, but with its own finalizers. Forked ones inherit the first."""
     util = sys.modules.get("multiprocessing.util")
-    if util is not None:
+    if util is not None and "multiprocessing's" not in _hooks:
         util.register_after_fork(_leave_all, lambda _: util.Finalize(None, _leave_all, exitpriority=-1))
         util.Finalize(None, _leave_all, exitpriority=-1)
+        _hooks.add("multiprocessing's")
 
 
 def _rings() -> list[Ring]:
@@ -817,6 +822,10 @@ def _rings() -> list[Ring]:
 
 def _after_fork_in_child() -> None:
     os_backend.after_fork_in_child()
+    os_backend.to_the_end(_take_up_all)
+
+
+def _take_up_all() -> None:
     for ring in _rings():
         if not ring._closed:
             ring._take_up()
@@ -829,7 +838,7 @@ def _leave_all() -> None:
     gc.disable()  # a finalizer that closes a ring would come while this thread is inside
     try:
         for ring in _rings():
-            with suppress(MonitorClosed):  # another thread has just closed it
+            with suppress(MonitorClosed, OSError):  # another thread has just closed it; or it cannot be removed
                 ring._ending.enter("leave")
     finally:
         if collecting:
