@@ -97,6 +97,7 @@ class Ring:
     Its roles are taken when they are first used: the first write claims a lane, the first read claims
     the reader's role, and both are held until `close`, or until the process dies. After a fork the
     child's handle works and holds no role. Pickling a handle (spawn, forkserver) opens the ring by name.
+    A signal handler may use a handle, but gets RuntimeError where it came in the middle of an operation on it.
 
     A message is in the ring when `write` returns and out of it when `read` returns. Each writer's
     messages are read in the order in which it wrote them; between writers there is no order.
@@ -562,6 +563,10 @@ class Ring:
 
         Where that is not allowed (another user's ring), the name stays, and counts as not there.
         Threads that wait in this handle get RingClosed. Closing again does nothing.
+
+        Raises:
+            RuntimeError: In a signal handler (or the like) that came in the middle of an operation on this very
+                handle; it is not closed then. While that operation waits, closing works.
         """
         if not self._closed:
             with suppress(MonitorClosed):  # another thread was first

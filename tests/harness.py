@@ -30,7 +30,6 @@ import functools
 import gc
 import itertools
 import json
-import linecache
 import os
 import random
 import select
@@ -233,7 +232,6 @@ class Trace:
         self.paused = False
         self.where = None  # it was hit
         self.handler_runs = False  # there: the interpreter itself would run a signal handler
-        self.line = ""  # of the source, there
         self._before = None  # the frame that ran the bytecode before, and that bytecode
         self._hit = hit
         self._counts = _everywhere if all_places else COUNTS[event]
@@ -285,7 +283,6 @@ class Trace:
         self.left -= 1
         if self.left == 0:
             self.handler_runs = _handler_runs(before, self._before)
-            self.line = linecache.getline(code.co_filename, frame.f_lineno or 0)
             self.where = (
                 f"{code.co_filename[len(PACKAGE) :]}:{frame.f_lineno} {code.co_name} before {dis.opname[opcode]}"
                 f"{' (a signal handler may run here)' if self.handler_runs else ''}"
@@ -668,8 +665,7 @@ def interrupt(case, k, name, place, swallowed=()):
 
     An interrupt that comes in a finalizer the interpreter reports and drops; then it is in `swallowed`.
 
-    Where a signal handler really can run nothing may be lost, but the descriptor that os.open returns
-    when it runs before the assignment. Elsewhere, and before 3.11, where handlers run between a
+    Where a signal handler really can run nothing may be lost. Elsewhere, and before 3.11, where handlers run between a
     function's return and the use of what it returned, what is just being handed over may be lost:
     the messages of that call; and operations on the handle itself are not interrupted there.
     """
@@ -687,13 +683,12 @@ def interrupt(case, k, name, place, swallowed=()):
     over = threading.Event()
     sleeps = type(case).asleep is not Case.asleep
     helper = Sleeper(_look_until, stage, over) if sleeps else None
-    interrupted, fresh = False, 0
+    interrupted = False
     try:
         with Trace(k, hit, "interrupt") as me.trace:
             case.operate(me)
     except KeyboardInterrupt:
         interrupted = True
-        fresh = "os.open(" in me.trace.line
         if not exact(me.trace):
             stage.may_be_lost = case.in_a_call
     try:
@@ -710,9 +705,7 @@ def interrupt(case, k, name, place, swallowed=()):
         stage = helper = None
         gc.collect()
         left = {number: target for number, target in descriptors().items() if opened.get(number) != target}
-        assert len(left) <= fresh, f"descriptors are left open: {left}"
-        for number in left:
-            os.close(number)
+        assert not left, f"descriptors are left open: {left}"
     finally:
         over.set()
     return not place

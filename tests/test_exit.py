@@ -326,10 +326,12 @@ SIGNALS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("first", ["", "ring.close(), "])
 @pytest.mark.parametrize("what", SIGNALS)
-def test_a_signal_handler_that_calls_sys_exit_ends_a_wait_and_the_program(name, children, what):
+def test_a_signal_handler_that_calls_sys_exit_ends_a_wait_and_the_program(name, children, what, first):
+    """Also if it closes the ring before."""
     code = f"""
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+        signal.signal(signal.SIGTERM, lambda *_: ({first}sys.exit(5)))
         ring = used()
         watch = Ring.open(name)
         tell = lambda: (wait_until(lambda: parked(watch)), print("waits", flush=True))

@@ -529,7 +529,7 @@ signal.alarm(60)
 name = sys.argv[1]
 before = lambda: None
 os.register_at_fork(before=lambda: before())
-from shmring import Ring, RingBusy, _linux
+from shmring import Ring, RingBusy, _linux, unlink
 
 def orphan(use=lambda: None):
     '''Fork a child that says that it is there, and uses the ring when it is told to.'''
@@ -647,6 +647,32 @@ def test_a_lane_is_not_shared_with_a_child_forked_while_its_handle_was_opened(na
         assert ring.read_many() == [b"parent"]
         orphans.kill_parent()
         assert orphans.tell(b"", 0) == ""
+
+
+@pytest.mark.parametrize("remove", ["Ring.create(name)", "unlink(name)"])
+def test_a_child_forked_while_a_name_is_removed_keeps_no_lock_on_it(name, children, remove):
+    """The parent is killed in the middle, with what a crash left locked by it alone."""
+    crash = children.fork(lambda: (Ring.create(name), os.kill(os.getpid(), signal.SIGKILL)))
+    assert children.join(crash) == -signal.SIGKILL
+    orphans = Orphans(
+        children,
+        name,
+        f"""if True:
+        keep = Ring.create(name + "-other")  # the hooks
+        inside = threading.Event()
+        os.unlink = lambda *_: (inside.set(), time.sleep(60))
+        threading.Thread(target=lambda: {remove}, daemon=True).start()
+        assert inside.wait(30)
+        orphan()
+        os.write(1, b"!")
+        time.sleep(60)
+        """,
+    )
+    orphans.ready(1)
+    orphans.kill_parent()
+    Ring.create(name, 4096).close()
+    orphans.tell(b".", 1)
+    unlink(name + "-other")
 
 
 def test_a_child_forked_without_descriptors_left_keeps_no_claim_of_any_handle(name, children):

@@ -8,7 +8,7 @@ import threading
 import pytest
 from conftest import DEADLINE, wait_until
 
-from shmring import Ring, RingClosed, RingTimeout, _linux
+from shmring import Ring, RingClosed, RingTimeout, _linux, _words
 
 
 @pytest.fixture(autouse=True)
@@ -196,6 +196,63 @@ def test_every_sleeping_thread_gets_its_message(ring):
         other.write(b"%d" % i)
     assert sorted(thread.result() for thread in threads) == [b"%d" % i for i in range(8)]
     other.close()
+
+
+def test_a_handler_that_closes_what_another_thread_closes_is_refused(name, monkeypatch):
+    """The other one waits for this thread to leave the writer, and must not be waited for in there."""
+    ring = Ring.create(name, 4096)
+    ring.write(b"")
+    closing, refused = [], []
+    real = _words.record_bytes
+
+    def record_bytes(size):  # called inside the writer's monitor, as a signal handler may be
+        if size == 77:
+            closing.append(Thread(ring.close))
+            wait_until(lambda: ring._writer.monitor._closed, "the other thread in close")
+            with pytest.raises(RuntimeError, match="signal handler"):
+                ring.close()
+            refused.append(True)
+        return real(size)
+
+    monkeypatch.setattr(_words, "record_bytes", record_bytes)
+    ring.write(bytes(77))
+    assert closing[0].result() is None and refused == [True] and ring.closed
+
+
+def test_a_message_that_another_thread_reads_before_an_interrupted_call_gives_it_back_comes_once(ring, monkeypatch):
+    got, real_free, real_give_back = [], _words.Reader._free, _words.Reader.give_back
+
+    def free(self, *args):
+        monkeypatch.setattr(_words.Reader, "_free", real_free)
+        raise KeyboardInterrupt  # it is noted as taken, but not yet out of the ring
+
+    def give_back(self, request):
+        got.append(Thread(ring.read, timeout=DEADLINE).result())
+        real_give_back(self, request)
+
+    monkeypatch.setattr(_words.Reader, "_free", free)
+    monkeypatch.setattr(_words.Reader, "give_back", give_back)
+    ring.write(b"once")
+    with pytest.raises(KeyboardInterrupt):
+        ring.read(max_len=100)
+    assert got == [b"once"] and ring.try_read() is None
+
+
+def test_stats_beside_a_close_say_how_it_is_or_that_it_is_closed(name):
+    for _ in range(100):
+        ring = Ring.create(name, 4096, writers=20)
+
+        def look(ring=ring):
+            try:
+                while True:
+                    ring.stats()
+            except RingClosed:
+                return "closed"
+
+        threads = [Thread(look) for _ in range(2)]
+        ring.write(b"")
+        ring.close()
+        assert [thread.result() for thread in threads] == ["closed"] * 2
 
 
 def test_handles_that_are_closed_under_running_threads_end_them(name):

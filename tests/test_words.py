@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import gc
+import threading
 import weakref
 
 import pytest
+from conftest import DEADLINE
 from fakes import FakeSegment, ask, batch, hooks_end  # noqa: F401 - a fixture
 
 from shmring import BufferTooSmall, MessageTooLarge, RingBusy, RingCorrupted, _layout
@@ -355,6 +357,34 @@ def test_an_heir_that_another_thread_just_started_is_used_and_not_doubled():
     monitor._start_anew(dead)
     assert monitor.steps is heir
     assert monitor.enter(1) == 1
+
+
+def test_close_waits_for_who_is_inside_also_if_a_dead_generator_was_put_back():
+    """A slow thread that started an heir puts it back after this heir has ended and has heirs of its own."""
+    inside, leave, left = threading.Event(), threading.Event(), []
+
+    def steps():
+        while True:
+            request = yield
+            request()
+
+    def stay():
+        inside.set()
+        assert leave.wait(DEADLINE)
+        left.append(True)
+
+    monitor = Monitor(steps)
+    dead = monitor.steps
+    with pytest.raises(ZeroDivisionError):
+        monitor.enter(lambda: 1 // 0)
+    thread = threading.Thread(target=monitor.enter, args=(stay,))
+    thread.start()
+    assert inside.wait(DEADLINE)
+    monitor.steps = dead
+    threading.Timer(0.05, leave.set).start()
+    monitor.close()
+    assert left
+    thread.join()
 
 
 def test_a_monitor_that_is_closed_while_an_heir_is_started_ends_it():
