@@ -19,7 +19,7 @@ from harness import NEVER, WITHIN, Actor, Stage, Trace, sweep
 from operations import CASES
 from support import DEADLINE, ROOT
 
-from shmring import _linux
+from shmring import _layout, _linux
 
 # Before every 7th bytecode that counts (see `Trace`), from a random one on; SHMRING_EVERY=1 is before each. With
 # SHMRING_ALL_PLACES=1 all bytecodes count.
@@ -35,6 +35,9 @@ def test_at_every_bytecode(case, event, children, seed):
     print(f"{event} in {case}: every {EVERY} of {reached} from {first} on")
 
 
+ROLES = [_layout.PRESENCE, _layout.NAME, _layout.READER, *range(_layout.LANE, _layout.LANE + 3)]
+
+
 class Watch(Trace):
     """Looks at everything outside of this process that is the ring's, before each bytecode."""
 
@@ -42,18 +45,16 @@ class Watch(Trace):
         super().__init__(NEVER, None, "kill", all_places=True)
         self.path = _linux._path(name)
         self.places, self.changes, self.wrong = 0, 0, []
-        self._seen = self._inode = None
+        self._seen = None
 
     def _count(self, frame):
         before = self._before
         super()._count(frame)
         try:
-            with open(self.path, "rb") as file:
-                content, self._inode = file.read(), f":{os.fstat(file.fileno()).st_ino} "
+            with open(self.path, "r+b") as file:
+                seen = file.read(), [_linux._holder(file.fileno(), byte) for byte in ROLES]
         except FileNotFoundError:
-            content = None
-        with open("/proc/locks") as locks:  # of every process; each line begins with a number of no meaning
-            seen = content, [line.split(maxsplit=1)[1] for line in locks if self._inode and self._inode in line]
+            seen = ()
         self.places += 1
         if self._seen not in (None, seen):
             self.changes += 1
@@ -62,7 +63,7 @@ class Watch(Trace):
         self._seen = seen
 
 
-QUIET = ["Write", "WriteManyPads", "Read", "ReadMany", "Create", "Open", "Close", "Unlink"]  # nobody else acts
+QUIET = ["Write", "WriteManyPads", "Read", "ReadMany", "Create", "Close", "CloseLast", "Unlink"]  # nobody else acts
 
 
 @pytest.mark.parametrize("case", QUIET)
