@@ -11,7 +11,7 @@ is over before k is reached, each time with a ring of its own and with one of fo
 
 Only bytecodes of the package count (`Trace`). The processes of a sweep:
 
-    pytest - supervisor (two of them, each with half of the ks)     has all handles but the victim's,
+    pytest - supervisor (three of them share the ks)                has all handles but the victim's,
               |                                                      its threads are those who sleep
               template, warmed up and without any handle: forks, and reaps, a victim for each k
 
@@ -50,7 +50,7 @@ TOOL = 4  # of 0 to 5
 ALL_PLACES = bool(os.environ.get("SHMRING_ALL_PLACES"))  # see `Trace`
 EXACT = sys.version_info >= (3, 11)  # before, a signal handler may run wherever it pleases
 NEVER = 1 << 60
-SUPERVISORS = 2
+SUPERVISORS = 3
 MOST_FAILURES = int(os.environ.get("SHMRING_FAILURES") or 4)  # after which a sweep ends
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 PTRACE_TRACEME, PTRACE_SINGLESTEP = 0, 9  # <sys/ptrace.h>

@@ -86,13 +86,13 @@ def test_where_a_bytecode_does_not_count_the_world_is_as_before(case, name):
 @pytest.mark.parametrize("case", CASES)
 def test_within_bytecodes(case, children, seed):
     """Killed at some instruction of the processor within one that acts; a sample, because stepping there takes long."""
-    every = 20 * EVERY
+    every = 40 * EVERY
     first = random.Random(seed).randrange(every) + 1
     reached = sweep(children, case, "instruction", every, first)
     print(f"within bytecodes of {case}: every {every} of {reached} from {first} on")
 
 
-@pytest.mark.parametrize("minutes", [0.1, pytest.param(10, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("minutes", [0.05, pytest.param(10, marks=pytest.mark.stress)])
 def test_at_random_moments(minutes, seed):
     """Four writers and two readers in turn, killed, stopped and succeeded: some 200 kills a minute."""
     command = [sys.executable, str(ROOT / "tools" / "soak.py"), "--minutes", str(minutes), "--seed", str(seed)]
