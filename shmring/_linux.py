@@ -167,6 +167,15 @@ def _leads_to(path: str, fd: int) -> bool:
     return os.path.samestat(named, os.fstat(fd))
 
 
+def _is_of(fd: int, identity: tuple[int, int] | None) -> bool:
+    """Is this descriptor open, and of the file with this device and inode?"""
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return False
+    return (status.st_dev, status.st_ino) == identity
+
+
 def _note_open(noted: list[int], path: str, flags: int, mode: int = 0o600) -> int:
     """os.open whose descriptor is noted in one call in C: an exception of a signal handler cannot lose it."""
     noted.extend(map(os.open, [path], [flags], [mode]))
@@ -351,11 +360,7 @@ class Segment:
         """Is this remembered descriptor still ours? After os.closerange the number may be a stranger's."""
         if fd < 0 or _owners.get(fd, (id(self),))[0] != id(self):
             return False
-        try:
-            status = os.fstat(fd)
-        except OSError:
-            return False
-        return (status.st_dev, status.st_ino) == self._identity
+        return _is_of(fd, self._identity)
 
     def claim(self, byte: int) -> bool:
         """Take a role for this handle, if no living handle has it. Taking it again is fine."""
@@ -523,25 +528,26 @@ def _living() -> list[Segment]:
     return [segment for segment in [reference() for reference in list(_segments.values())] if segment is not None]
 
 
-def to_the_end(work: Callable[[], None]) -> None:
-    """Do this work in a fork's hook, also if a signal handler raises: the interpreter drops that, and goes on."""
-    failure: BaseException | None = None
-    for _ in range(100):
-        try:
-            work()
-            break
-        except BaseException as error:
-            failure = error
-    if failure is not None:
-        raise failure
+def to_the_end(work: Callable[[], None]) -> Callable[[], None]:
+    """Have work in a fork's hook done, also if a signal handler raises: the interpreter drops that, and goes on."""
+
+    def done() -> None:
+        failure: BaseException | None = None
+        for _ in range(100):
+            try:
+                work()
+                break
+            except BaseException as error:
+                failure = error
+        if failure is not None:
+            raise failure
+
+    return done
 
 
+@to_the_end
 def before_fork() -> None:
     """To be called before a fork; then one of the next two, on either side."""
-    to_the_end(_before_fork)
-
-
-def _before_fork() -> None:
     _followed[0] = False  # for the child; the parent never asks
     segments = _forking[threading.get_ident()] = _living()
     for segment in segments:
@@ -549,12 +555,9 @@ def _before_fork() -> None:
             segment.before_fork()
 
 
+@to_the_end
 def after_fork_in_parent() -> None:
     """See `before_fork`."""
-    to_the_end(_after_fork_in_parent)
-
-
-def _after_fork_in_parent() -> None:
     thread = threading.get_ident()
     for segment in _forking.get(thread, ()):
         segment.after_fork_in_parent()
@@ -567,7 +570,7 @@ def after_fork_in_child() -> None:
     # Those last, to be taken first, that have their descriptor: this frees the parent's.
     thread = threading.get_ident()
     segments.sort(key=lambda segment: bool(segment._children.get(thread)))
-    to_the_end(partial(_after_fork_in_child, segments, {id(segment) for segment in segments}))
+    to_the_end(partial(_after_fork_in_child, segments, {id(segment) for segment in segments}))()
 
 
 def _after_fork_in_child(segments: list[Segment], living: set[int]) -> None:
@@ -583,10 +586,8 @@ def _after_fork_in_child(segments: list[Segment], living: set[int]) -> None:
     for fd, (owner, identity) in list(_owners.items()):
         if owner not in living:
             _owners.pop(fd, None)
-            with contextlib.suppress(OSError):
-                status = os.fstat(fd)
-                if (status.st_dev, status.st_ino) == identity:
-                    os.close(fd)
+            if _is_of(fd, identity):
+                os.close(fd)
     _forking.clear()
     _followed[0] = True
 

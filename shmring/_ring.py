@@ -827,7 +827,7 @@ def _rings() -> list[Ring]:
 
 def _after_fork_in_child() -> None:
     os_backend.after_fork_in_child()
-    os_backend.to_the_end(_take_up_all)
+    os_backend.to_the_end(_take_up_all)()
 
 
 def _take_up_all() -> None:
