@@ -530,6 +530,11 @@ name = sys.argv[1]
 before = lambda: None
 os.register_at_fork(before=lambda: before())
 from shmring import Ring, RingBusy, _linux, unlink
+made = []
+
+def make():
+    made.append(Ring.open(name))
+    made[0].write(b"parent")
 
 def orphan(use=lambda: None):
     '''Fork a child that says that it is there, and uses the ring when it is told to.'''
@@ -586,11 +591,8 @@ def test_a_handle_opened_while_another_thread_forks_gives_the_child_none_of_its_
         children,
         name,
         """if True:
-        made = []
-
         def before():
-            made.append(Ring.open(name))
-            made[0].write(b"parent")
+            make()
             assert made[0].try_read() == b"parent"
 
         def use(_):
@@ -621,11 +623,7 @@ def test_a_lane_is_not_shared_with_a_child_forked_while_its_handle_was_opened(na
         children,
         name,
         """if True:
-        made = []
-
-        def before():
-            made.append(Ring.open(name))
-            made[0].write(b"parent")
+        before = make
 
         def use(_):
             try:

@@ -524,15 +524,15 @@ LOSSES = [
 
 
 @pytest.mark.parametrize(
-    ("what", "loss", "memory", "mode"),
+    ("loss", "memory", "mode"),
     [
-        case(loss.change, loss, memory, mode, stress=memory != loss.memory)
+        case(loss, memory, mode, stress=memory != loss.memory)
         for loss in LOSSES
         for memory in sorted({loss.memory, "free" if loss.also_on_free else loss.memory})
         for mode in loss.modes
     ],
 )
-def test_the_checker_finds_what_is_lost(what, loss, memory, mode):
+def test_the_checker_finds_what_is_lost(loss, memory, mode):
     """Every part of the protocol is needed: a message, room, or a message's bytes are lost without it."""
     assert explore(loss.scenario, memory, mode, loss.edit).loss
 
@@ -547,10 +547,10 @@ SPARE = [
 
 
 @pytest.mark.parametrize(
-    ("what", "spare", "mode"),
-    [case(spare.change, spare, mode, stress=spare.memory == "free") for spare in SPARE for mode in spare.modes],
+    ("spare", "mode"),
+    [case(spare, mode, stress=spare.memory == "free") for spare in SPARE for mode in spare.modes],
 )
-def test_what_is_there_for_good_measure(what, spare, mode):
+def test_what_is_there_for_good_measure(spare, mode):
     """Without it nothing is lost either. A failure says that a change made it needed."""
     assert not explore(spare.scenario, spare.memory, mode, spare.edit).loss
 
