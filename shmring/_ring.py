@@ -388,8 +388,7 @@ class Ring:
                     os_backend.yield_processor()
         except BaseException as error:
             if message is not None:
-                with suppress(RingClosed):  # nobody is left to get it
-                    self._enter_reader(GiveBack([message]))
+                self._give_back(message)
             if not isinstance(error, ValueError) or error.args != BUSY:
                 raise
         if buf is None and max_len is None:
@@ -413,8 +412,7 @@ class Ring:
                 return message  # type: ignore[no-any-return]
         except BaseException as error:
             if message is not None:
-                with suppress(RingClosed):  # nobody is left to get it
-                    self._enter_reader(GiveBack([message]))
+                self._give_back(message)
             if not isinstance(error, ValueError) or error.args != BUSY:
                 raise
         request = ReadOne(self.max_message)
@@ -491,6 +489,11 @@ class Ring:
             raise self._is_closed() from None
         finally:
             self._messages = monitor.steps
+
+    def _give_back(self, message: bytes) -> None:
+        """An exception kept a message from the caller: the next read gets it."""
+        with suppress(RingClosed):  # nobody is left to get it
+            self._enter_reader(GiveBack([message]))
 
     def _await(self, request: ReadRequest, deadline: float | None, spun: bool = False) -> Any:
         """The answer to a request, once there is one. Who calls gives it back if it gets an exception instead."""
