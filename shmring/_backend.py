@@ -2,7 +2,9 @@
 
 - A wait may return early, for no reason; it never returns after its deadline's time has come later
   than the system's timers do, and the ring looks again after each.
-- `deadline` is on ``time.monotonic``. A signal ends a wait, so that Python's handlers run.
+- `deadline` is on ``time.perf_counter``: the monotonic clock everywhere, and never in steps (``time.monotonic``
+  goes in steps of 16 ms on Windows before CPython 3.13). A signal ends a wait, so that Python's handlers run.
+- A wait returns if the bell was rung since it was noted, in all threads of the handle that has it.
 - A ring with nobody asleep is harmless. Ringing and the memory of it are indivisible.
 - No descriptor or handle survives ``exec``.
 - `create` fails if the name exists, `open` if it does not; neither leaves anything behind.
@@ -21,6 +23,8 @@ from ._layout import Layout
 
 if sys.platform == "linux":
     from . import _linux as os_backend
+elif sys.platform == "win32":
+    from . import _windows as os_backend
 else:
     raise ImportError(f"shmring has no backend for {sys.platform!r}")
 

@@ -34,7 +34,7 @@ message, the second when the lane's writer parks; a line is 128 bytes, because p
     16      8     writer_parks     lane writer  times a writer of this lane went to sleep
     128     8     writer_parked    lane writer  epoch; odd: asleep or about to be
     136     8     writer_wanted    lane writer  the sleeper has room once read_pos has come to this
-    144     4     writer_bell      the kernel   futex: FUTEX_WAKE_OP adds 1 and wakes, in one call
+    144     4     writer_bell      the kernel   futex: FUTEX_WAKE_OP adds 1 and wakes, in one call; Windows: zero
     148     4     -                -            zero
     152     8     -                -            zero, for a doorbell
 
@@ -73,12 +73,13 @@ A record never wraps: where the next one does not fit before the lane's end, a l
 says that the lane goes on at its beginning.
 
 Claims are locks on bytes of the segment file, far beyond what the layout needs; the kernel takes
-them back when their holder dies. Their numbers are the same in every layout version:
+them back when their holder dies. Where a segment is no file (Windows), objects that have these numbers in
+their names take the place of the locks. The numbers are the same in every layout version:
 
     byte             kind       held by
     PRESENCE         shared     every open handle
     PRESENCE         exclusive  whoever removes the name because nobody else has the ring open
-    NAME             exclusive  whoever is about to remove the name
+    NAME             exclusive  whoever is about to remove the name (Windows: to change it)
     READER + slot    exclusive  the reader in this slot
     LANE + lane      exclusive  the writer of this lane
 """
@@ -231,8 +232,10 @@ def pack_header(layout: Layout, machine: str) -> bytes:
     return fixed + _CHECKSUM.pack(zlib.crc32(fixed))
 
 
-def parse_header(header: bytes, segment_bytes: int, machine: str, name: str) -> Layout:
+def parse_header(header: bytes, segment_bytes: int | None, machine: str, name: str) -> Layout:
     """Read what `pack_header` wrote, trusting nothing.
+
+    `segment_bytes` is the real size, None where the system does not tell it and mapping the segment has to show it.
 
     Raises:
         RingIncompatible: No ring, another layout version or another kind of machine.
@@ -248,7 +251,7 @@ def parse_header(header: bytes, segment_bytes: int, machine: str, name: str) -> 
     if kind != MACHINES[machine]:
         raise RingIncompatible(f"ring {name!r} is of machine kind {kind}, this is {MACHINES[machine]} ({machine})")
     if len(header) < HEADER_BYTES:
-        raise RingCorrupted(f"ring {name!r} has {segment_bytes:,} bytes, too few for a header")
+        raise RingCorrupted(f"ring {name!r} has {len(header):,} bytes, too few for a header")
     (checksum,) = _CHECKSUM.unpack_from(header, _HEADER.size)
     if checksum != zlib.crc32(header[: _HEADER.size]):
         raise RingCorrupted(f"ring {name!r}: the checksum over its header does not fit")
@@ -261,7 +264,7 @@ def parse_header(header: bytes, segment_bytes: int, machine: str, name: str) -> 
         raise RingCorrupted(f"ring {name!r}: capacity {capacity:,} with {writers:,} lanes cannot be")
     if (size, lanes_offset) != (layout.segment_bytes, layout.lanes_offset):
         raise RingCorrupted(f"ring {name!r}: its header's sizes do not fit together")
-    if size != segment_bytes:
+    if segment_bytes is not None and size != segment_bytes:
         raise RingCorrupted(f"ring {name!r} is {segment_bytes:,} bytes long, its header says {size:,}")
     return layout
 

@@ -51,7 +51,7 @@ SYS_membarrier: Final = {"x86_64": 324, "aarch64": 283}[MACHINE]
 
 # <linux/futex.h>; without FUTEX_PRIVATE_FLAG: the others are in other processes
 FUTEX_WAKE_OP: Final = 5
-FUTEX_WAIT_BITSET: Final = 9  # its time-out is a point on CLOCK_MONOTONIC, which is Python's time.monotonic
+FUTEX_WAIT_BITSET: Final = 9  # its time-out is a point on CLOCK_MONOTONIC, which is Python's time.perf_counter
 FUTEX_BITSET_MATCH_ANY: Final = 0xFFFFFFFF
 FUTEX_OP_ADD: Final = 1
 INT_MAX: Final = 0x7FFFFFFF
@@ -220,8 +220,8 @@ def unlink(name: str) -> None:
         passing._open_locks(fd)  # a descriptor that forks know of: a child would keep the lock
         _remove(name, passing._locks)
     finally:
-        for fd in noted:
-            os.close(fd)
+        for number in noted:
+            os.close(number)
         passing._give_up_locks()
 
 
@@ -237,7 +237,6 @@ class Segment:
         self.layout: Layout  # before the first descriptor: `close` asks it whether the name is to stay
         self.map: mmap.mmap
         self.words: memoryview
-        self.bells: memoryview
         self._whole = False  # is `create` or `open` done?
         self._identity: tuple[int, int] | None = None  # of the file, in case somebody closed our descriptors
         self._opening = []
@@ -281,8 +280,8 @@ class Segment:
             self.close(keep=True)
             raise
         finally:
-            for fd in noted:
-                os.close(fd)
+            for number in noted:
+                os.close(number)
 
     @classmethod
     def open(cls, name: str, any_owner: bool) -> Segment:
@@ -311,8 +310,8 @@ class Segment:
             self.close(keep=True)
             raise
         finally:
-            for fd in noted:
-                os.close(fd)
+            for number in noted:
+                os.close(number)
         return self
 
     def _open_locks(self, fd: int) -> None:
@@ -351,7 +350,7 @@ class Segment:
             what = f"cannot map the ring's {self.layout.segment_bytes:,} bytes: {error.strerror}"
             raise OSError(error.errno, what, self.name) from error
         self.words = memoryview(self.map).cast("Q")
-        self.bells = memoryview(self.map).cast("I")
+        self._bells = memoryview(self.map).cast("I")
         self._address = addressof(c_char.from_buffer(self.map))
 
     # ------------------------------------------------------------ claims
@@ -393,6 +392,10 @@ class Segment:
             what = f"no memory for a lane of {nbytes:,} bytes: {error.strerror}"
             raise OSError(error.errno, what, self.name) from error
 
+    def has_memory(self, offset: int) -> bool:
+        """Can the lane that begins there be read? Here a hole reads as zeros."""
+        return True
+
     # ------------------------------------------------------------ sleeping and waking
 
     def order_fence(self) -> Fence:
@@ -416,18 +419,25 @@ class Segment:
         # long futex(uint32_t *uaddr, FUTEX_WAKE_OP, int wake, int wake2, uint32_t *uaddr2, int op); futex(2)
         _quick(_FUTEX, address, _WAKE, _ALL, _NONE, address, _ADD_ONE)
 
-    def wait(self, bell: int, seen: int, deadline: float | None) -> None:
-        """Sleep while the bell is as `seen`, until `deadline` (time.monotonic), or a signal, or less."""
+    def note(self, bell: int) -> int:
+        """What the bell is now, for `wait`."""
+        return self._bells[bell >> 2]
+
+    def wait(self, bell: int, noted: int, deadline: float | None) -> None:
+        """Sleep while the bell is as `noted`, until `deadline` (time.perf_counter), or a signal, or less."""
         if SLICE is not None and threading.get_ident() == threading.main_thread().ident:
             # A signal that comes just before the call does not interrupt it.
-            soon = time.monotonic() + SLICE
+            soon = time.perf_counter() + SLICE
             deadline = soon if deadline is None else min(deadline, soon)
         timeout = None
         if deadline is not None:
             nanoseconds = math.ceil(deadline * 1e9)
             timeout = byref(_Timespec(nanoseconds // 10**9, nanoseconds % 10**9))
         # long futex(uint32_t *uaddr, FUTEX_WAIT_BITSET, uint32_t val, const struct timespec *abs, NULL, uint32_t bits)
-        _waiting(_FUTEX, c_void_p(self._address + bell), _WAIT, c_int(seen - (seen >> 31 << 32)), timeout, _NONE, _ANY)
+        value = c_int(noted - (noted >> 31 << 32))
+        _waiting(_FUTEX, c_void_p(self._address + bell), _WAIT, value, timeout, _NONE, _ANY)
+
+    wake = ring  # this handle's own threads sleep as all others do
 
     # ------------------------------------------------------------ life and death
 
@@ -545,9 +555,19 @@ def to_the_end(work: Callable[[], None]) -> Callable[[], None]:
     return done
 
 
+def follow_forks(take_up: Callable[[], None]) -> None:
+    """Have handles follow forks; `take_up` is called in each child when their claims are gone."""
+
+    def in_child() -> None:
+        _after_fork_in_child()
+        to_the_end(take_up)()
+
+    for _ in range(2):  # the first may end at once by a signal handler's exception, which the interpreter drops
+        os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=in_child)
+
+
 @to_the_end
-def before_fork() -> None:
-    """To be called before a fork; then one of the next two, on either side."""
+def _before_fork() -> None:
     _followed[0] = False  # for the child; the parent never asks
     segments = _forking[threading.get_ident()] = _living()
     for segment in segments:
@@ -556,28 +576,27 @@ def before_fork() -> None:
 
 
 @to_the_end
-def after_fork_in_parent() -> None:
-    """See `before_fork`."""
+def _after_fork_in_parent() -> None:
     thread = threading.get_ident()
     for segment in _forking.get(thread, ()):
         segment.after_fork_in_parent()
     _forking.pop(thread, None)
 
 
-def after_fork_in_child() -> None:
-    """See `before_fork`. Calling it again is harmless."""
+def _after_fork_in_child() -> None:
+    """Calling it again is harmless."""
     segments = [] if _followed[0] else _living()
     # Those last, to be taken first, that have their descriptor: this frees the parent's.
     thread = threading.get_ident()
     segments.sort(key=lambda segment: bool(segment._children.get(thread)))
-    to_the_end(partial(_after_fork_in_child, segments, {id(segment) for segment in segments}))()
+    to_the_end(partial(_free_the_child, segments, {id(segment) for segment in segments}))()
 
 
-def _after_fork_in_child(segments: list[Segment], living: set[int]) -> None:
+def _free_the_child(segments: list[Segment], living: set[int]) -> None:
     if _followed[0]:
         return
     while segments:
-        # One that another thread opened after `before_fork`, or that got no descriptor then, gets it now.
+        # One that another thread opened after `_before_fork`, or that got no descriptor then, gets it now.
         with contextlib.suppress(OSError):
             segments[-1].before_fork()
         segments[-1].after_fork_in_child()
@@ -619,6 +638,6 @@ def _clear_the_way(name: str, replace: bool) -> bool:
         _remove(name, passing._locks)
         return not _leads_to(_path(name), fd)
     finally:
-        for fd in noted:
-            os.close(fd)
+        for number in noted:
+            os.close(number)
         passing._give_up_locks()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import os
 import sys
 import time
 import weakref
@@ -209,7 +208,7 @@ class Ring:
                     segment = os_backend.Segment.open(name, any_owner)
                 break
             except FileNotFoundError:
-                if deadline is not None and time.monotonic() >= deadline:
+                if deadline is not None and time.perf_counter() >= deadline:
                     raise
             time.sleep(OPEN_AGAIN)
         try:
@@ -376,7 +375,7 @@ class Ring:
                 else:
                     break  # an exception ended these steps, or `close`
                 # Spin here, a few times faster than in _await: it is what a message waits for.
-                now = time.monotonic()
+                now = time.perf_counter()
                 if spin_until is None:
                     deadline = _deadline(timeout)
                     tight_until = now + TIGHT
@@ -518,13 +517,13 @@ class Ring:
 
     def _spin_on(self, attempt: Callable[[], bool], spin: _Spin, deadline: float | None) -> None:
         """Attempt for a short time. When an attempt succeeds it ends; `_wait` then sees that at once."""
-        now = time.monotonic()
+        now = time.perf_counter()
         until = _earlier(now + spin.seconds(), deadline)
         paid = False
         while now < until and not paid:
             paid = attempt()
             os_backend.yield_processor()
-            now = time.monotonic()
+            now = time.perf_counter()
         spin.learn(paid)
 
     def _spin_for_room(self, writer: Writer, wanted: int, deadline: float | None) -> None:
@@ -534,11 +533,11 @@ class Ring:
         every look takes the line with read_pos away from the reader.
         """
         enough = min(wanted + self.capacity // 8, writer.write_pos)
-        now = time.monotonic()
+        now = time.perf_counter()
         until = _earlier(now + self._write_spin.seconds(), deadline)
         while now < until and writer.read_pos < enough:
             os_backend.yield_processor()
-            now = time.monotonic()
+            now = time.perf_counter()
         self._write_spin.learn(writer.read_pos >= wanted)
 
     def _wait(
@@ -552,7 +551,7 @@ class Ring:
     ) -> None:
         """Attempt until it succeeds, and sleep in between."""
         while not attempt():
-            if deadline is not None and time.monotonic() >= deadline:
+            if deadline is not None and time.perf_counter() >= deadline:
                 raise RingTimeout(f"{what} ring {self.name!r} within the timeout")
             try:
                 parking.park(nothing, needs(), deadline)
@@ -731,12 +730,12 @@ def unlink(name: str) -> None:
 
 
 def _deadline(timeout: float | None) -> float | None:
-    """The point on time.monotonic when `timeout` seconds are over; None is never."""
+    """The point on time.perf_counter when `timeout` seconds are over; None is never."""
     if timeout is None:
         return None
     if timeout != timeout:
         raise ValueError("timeout is a number of seconds or None, not a NaN")
-    return None if timeout > 1e9 else time.monotonic() + max(timeout, 0)
+    return None if timeout > 1e9 else time.perf_counter() + max(timeout, 0)
 
 
 def _earlier(moment: float, deadline: float | None) -> float:
@@ -803,12 +802,7 @@ def _unpickle(cls: type[Ring], name: str, nonce: bytes, any_owner: bool, spin: f
 def _set_hooks() -> None:
     """Have handles follow forks, and leave at the end of the process. Before the first of them; twice is harmless."""
     if "the system's" not in _hooks:
-        for _ in range(2):  # the first may end at once by a signal handler's exception, which the interpreter drops
-            os.register_at_fork(
-                before=os_backend.before_fork,
-                after_in_parent=os_backend.after_fork_in_parent,
-                after_in_child=_after_fork_in_child,
-            )
+        os_backend.follow_forks(_take_up_all)
         atexit.register(_leave_all)
         _leave_with_multiprocessing()
         _hooks.add("the system's")
@@ -828,12 +822,8 @@ def _rings() -> list[Ring]:
     return [ring for ring in [reference() for reference in list(_open_rings.values())] if ring is not None]
 
 
-def _after_fork_in_child() -> None:
-    os_backend.after_fork_in_child()
-    os_backend.to_the_end(_take_up_all)()
-
-
 def _take_up_all() -> None:
+    """In a forked child: begin anew, with no role."""
     for ring in _rings():
         if not ring._closed:
             ring._take_up()

@@ -85,16 +85,18 @@ class Segment(Protocol):
     layout: Layout
     map: mmap.mmap
     words: memoryview
-    bells: memoryview
 
     def claim(self, byte: int) -> bool: ...
     def release(self, byte: int) -> None: ...
     def reserve(self, offset: int, nbytes: int) -> None: ...
+    def has_memory(self, offset: int) -> bool: ...
     def order_fence(self) -> Fence: ...
     def waker_fence(self) -> Fence: ...
     def sleeper_fence(self) -> bool: ...
     def ring(self, bell: int) -> None: ...
-    def wait(self, bell: int, seen: int, deadline: float | None) -> None: ...
+    def note(self, bell: int) -> object: ...
+    def wait(self, bell: int, noted: Any, deadline: float | None) -> None: ...
+    def wake(self, bell: int) -> None: ...
 
 
 def make_fence(tso: bool) -> Callable[[], None]:
@@ -247,18 +249,18 @@ class Parking:
         self._monitor = Monitor(self._steps)
 
     def _steps(self) -> Generator[Any, Any, None]:
-        words, bells, sleepers = self._segment.words, self._segment.bells, self._sleepers
+        words, note, sleepers = self._segment.words, self._segment.note, self._sleepers
         order = self._segment.order_fence()
         parked = self._parked
-        seen: int | None = None
+        noted: object = None
         while True:
-            sleeper, needs = yield seen
+            sleeper, needs = yield noted
             if needs is None:
                 sleepers.pop(sleeper, None)
                 if not sleepers:
                     _make_even(words, parked)  # S6
                 continue
-            seen = bells[self._bell >> 2]  # S1
+            noted = note(self._bell)  # S1
             sleepers[sleeper] = needs
             if self._wanted:
                 words[self._wanted] = min(sleepers.values())
@@ -273,21 +275,21 @@ class Parking:
         """Sleep if there is `nothing` to do, until rung, or `deadline`, or for no reason at all."""
         sleeper = object()  # not the thread: a signal handler may park while its thread does
         try:
-            seen = self._monitor.enter((sleeper, needs))
+            noted = self._monitor.enter((sleeper, needs))
             fenced = self._segment.sleeper_fence()  # S3
             if nothing():  # S4
                 if not fenced:
                     # Wakers that count on our membarrier cannot be made to fence: look again soon.
-                    soon = time.monotonic() + 0.001
+                    soon = time.perf_counter() + 0.001
                     deadline = soon if deadline is None else min(soon, deadline)
-                self._segment.wait(self._bell, seen, deadline)  # S5
+                self._segment.wait(self._bell, noted, deadline)  # S5
         finally:
             with suppress(MonitorClosed):  # who waits finds out; here it would replace what a signal handler raised
                 self._monitor.enter((sleeper, None))
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         """Have this handle's own threads look again."""
-        self._segment.ring(self._bell)
+        self._segment.wake(self._bell)
 
     def refuse_reentry(self) -> None:
         """Raise RuntimeError if this thread is inside, further up its stack."""
@@ -301,7 +303,7 @@ class Parking:
         except MonitorClosed:
             pass
         self._monitor.close()
-        self.ring()
+        self.wake()
 
 
 # ---------------------------------------------------------------- writing
@@ -372,8 +374,8 @@ class Writer:
                 damaged += 1
             else:
                 try:
-                    if write_pos == 0:
-                        # Memory first: on a full /dev/shm the first store would be SIGBUS, this is ENOSPC.
+                    if write_pos == 0 or not segment.has_memory(layout.lane_bytes(lane)):
+                        # Memory first: without any the first store would be a crash, this is ENOSPC.
                         segment.reserve(layout.lane_bytes(lane), layout.capacity)
                     break
                 except OSError as error:
@@ -557,8 +559,8 @@ class _Lane:
     """One lane as its reader sees it: where its words are, and how far it has been read."""
 
     __slots__ = (
-        "bell", "count", "damage", "end", "first", "messages_out", "number", "parked", "pos", "read_pos", "rung", "top",
-        "wanted", "write_pos",
+        "backed", "bell", "count", "damage", "end", "first", "messages_out", "number", "parked", "pos", "read_pos",
+        "rung", "top", "wanted", "write_pos",
     )  # fmt: skip
 
     def __init__(self, layout: Layout, number: int) -> None:
@@ -574,6 +576,7 @@ class _Lane:
         self.top = self.first + layout.capacity
         self.rung = 0  # the writer's epoch that this handle last rang
         self.damage = ""  # what is wrong with it; it is left alone then
+        self.backed = False  # it is known to have memory
         self.pos = self.end = self.count = 0
 
 
@@ -663,7 +666,7 @@ class Reader:
             if segment.words[(block + _layout.WRITER_PARKED) >> 3] & 1:
                 segment.ring(block + _layout.WRITER_BELL)
         if self._owed and self.parking is not None:
-            self.parking.ring()
+            self.parking.wake()
 
     def _damaged(self, lane: _Lane, pos: int, what: str) -> RingCorrupted:
         """Leave this lane alone from now on, which is to be said once."""
@@ -698,6 +701,10 @@ class Reader:
         if not pos <= lane.end <= pos + capacity or (pos | lane.end) & 7 or lane.end >= POSITIONS:
             what = f"its write_pos is {lane.end:,}, which a capacity of {capacity:,} does not allow"
             raise self._damaged(lane, pos, what)
+        if not lane.backed:
+            if not self._segment.has_memory(lane.first):
+                raise self._damaged(lane, pos, f"its write_pos is {lane.end:,}, and it never had memory")
+            lane.backed = True
 
     def _record(self, lane: _Lane, pos: int) -> tuple[int, int]:
         """The position and size of the record at `pos`, after padding; position ``lane.end`` if there is none.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import itertools
 import multiprocessing
@@ -15,15 +16,22 @@ import textwrap
 import threading
 
 import pytest
-from support import DEADLINE, ROOT, descriptors, wait_until
+from support import DEADLINE, KILLED, ROOT, SIGKILL, WINDOWS, Line, Words, descriptors, pack, wait_until
 
-__all__ = ["DEADLINE", "ROOT", "descriptors", "namespaces", "segments", "wait_until"]
+from shmring import _ring
+from shmring._backend import os_backend
+
+__all__ = [
+    "DEADLINE", "KILLED", "ROOT", "WINDOWS", "Line", "Words", "descriptors", "namespaces", "segments", "wait_until"
+]  # fmt: skip
 
 _numbers = itertools.count()
 
 
 def segments():
-    """The names of the files of this run's rings: other programs have theirs."""
+    """The names of the files of this run's rings: other programs have theirs. Windows has no files."""
+    if WINDOWS:
+        return set()
     return {entry for entry in os.listdir("/dev/shm") if entry.startswith(f"shmring.test-{os.getpid()}-")}
 
 
@@ -61,6 +69,12 @@ def seed():
 def in_time():
     """A test of one thread that hangs fails after DEADLINE."""
 
+    if WINDOWS:
+        faulthandler.dump_traceback_later(DEADLINE, exit=True)
+        yield
+        faulthandler.cancel_dump_traceback_later()
+        return
+
     late = []
 
     def too_late(*_):
@@ -86,7 +100,28 @@ class Children:
 
     def __init__(self):
         self._forked = []
+        self._packed = {}  # by pid
         self._others = []
+
+    def start(self, function, *args):
+        """Run `function(*args)` in a process of its own, which ends with 0 if it returns; its pid.
+
+        A forked child, or, where there are no forks, a new interpreter that gets what the function refers to
+        pickled: rings, segments, `Line`s and `Words` are the same ones there, all else is a copy, as after a fork.
+        """
+        if not WINDOWS:
+            return self.fork(function, *args)
+        code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); from support import run_packed; run_packed()"
+        process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+        self._packed[process.pid] = process
+        process.stdin.write(pack(function, args))
+        process.stdin.close()
+        return process.pid
+
+    def kill(self, pid):
+        """End a process that `start` or `fork` started, at once and from outside."""
+        os.kill(pid, SIGKILL)
+        assert self.join(pid) == KILLED
 
     def fork(self, function, *args):
         """Run `function(*args)` in a forked child, which ends with 0 if it returns; the child's pid."""
@@ -110,11 +145,13 @@ class Children:
         return pid
 
     def join(self, pid):
-        """Wait for a forked child; its exit status, negative for a signal."""
+        """Wait for a process that `start` or `fork` started; its exit status, negative for a signal."""
         status = wait_until(lambda: self._poll(pid), f"the end of child {pid}")[0]
         return status
 
     def _poll(self, pid):
+        if pid in self._packed:
+            return self._packed[pid].poll() is not None and (self._packed.pop(pid).wait(),)
         waited, status = os.waitpid(pid, os.WNOHANG)
         if not waited:
             return None
@@ -150,13 +187,36 @@ class Children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-        for process in self._others:
+        for process in (*self._packed.values(), *self._others):
             process.kill()
             if isinstance(process, subprocess.Popen):
-                process.communicate()
+                process.wait() if process.stdin and process.stdin.closed else process.communicate()
             else:
                 process.join(DEADLINE)
                 process.close()
+        for started in (self._forked, self._packed, self._others):
+            started.clear()
+
+
+@pytest.fixture
+def endless(monkeypatch):
+    """No slices: nothing but the bells, deadlines and signals ends a wait. Started processes inherit it."""
+    monkeypatch.setattr(os_backend, "SLICE", None)
+
+
+@pytest.fixture
+def shared(children):
+    """Makes what processes share besides rings, `shared(Line)` or `shared(Words)`, and removes it after the test."""
+    made = []
+
+    def make(kind, *args):
+        made.append(kind(*args))
+        return made[-1]
+
+    yield make
+    children.stop_all()
+    for thing in made:
+        thing.remove()
 
 
 @pytest.fixture
@@ -171,6 +231,8 @@ def children():
 
 def _stop_helpers_of_multiprocessing():
     """Its resource tracker and fork server stay otherwise; they are not a test's own leftovers."""
+    if WINDOWS:
+        return
     from multiprocessing import forkserver, resource_tracker
 
     for helper in (forkserver._forkserver, resource_tracker._resource_tracker):
@@ -181,17 +243,19 @@ def _stop_helpers_of_multiprocessing():
 @pytest.fixture(autouse=True)
 def nothing_is_left(request):
     """No test leaves a segment, a descriptor, a thread or a child."""
-    before = segments(), descriptors(), set(threading.enumerate())
+    before = segments(), descriptors(), set(threading.enumerate()), len(_ring._open_rings)
     yield
     request.node.funcargs.clear()  # pytest still holds what the fixtures gave
     gc.collect()
     _stop_helpers_of_multiprocessing()
     wait_until(lambda: set(threading.enumerate()) <= before[2], "the end of the test's threads")
+    assert len(_ring._open_rings) <= before[3], "the test left open handles"
     left = segments() - before[0]
     for entry in left:
         os.unlink(f"/dev/shm/{entry}")
     assert not left, f"the test left segments: {left}"
     opened = {number: target for number, target in descriptors().items() if before[1].get(number) != target}
     assert not opened, f"the test left descriptors: {opened}"
-    with pytest.raises(ChildProcessError):
-        assert os.waitpid(-1, os.WNOHANG) == "a child is left"
+    if not WINDOWS:
+        with pytest.raises(ChildProcessError):
+            assert os.waitpid(-1, os.WNOHANG) == "a child is left"

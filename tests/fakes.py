@@ -97,7 +97,7 @@ class FakeSegment:
             self._peer, self.layout, self._file, self.claims = peer, peer.layout, peer._file, peer.claims
         self.map = Map(self._file, self.layout.segment_bytes)
         self.map.segment = self
-        self.words, self.bells = Words(self, "Q", 3), Words(self, "I", 2)
+        self.words, self.bells = Words(self, "Q", 3), memoryview(self.map).cast("I")
         self._order = (lambda: self.tell("order")) if order else None
         self._fence = (lambda: self.tell("fence")) if fence else None
         self._others_fence = others_fence
@@ -130,7 +130,7 @@ class FakeSegment:
     def peek(self, field):
         """A word's value, without a trace in the log."""
         offset = next(offset for offset, name in self._places.items() if name == field)
-        return self.bells.view[offset >> 2] if "bell" in field else self.words.view[offset >> 3]
+        return self.bells[offset >> 2] if "bell" in field else self.words.view[offset >> 3]
 
     def poke(self, field, value):
         offset = next(offset for offset, name in self._places.items() if name == field)
@@ -153,6 +153,9 @@ class FakeSegment:
     def reserve(self, offset, nbytes):
         self.tell("reserve")
 
+    def has_memory(self, offset):
+        return True
+
     def order_fence(self):
         return self._order
 
@@ -165,8 +168,16 @@ class FakeSegment:
 
     def ring(self, bell):
         self.tell(f"ring {self.place(bell)}")
-        self.bells.view[bell >> 2] += 1
+        self.bells[bell >> 2] += 1
 
-    def wait(self, bell, seen, deadline):
+    def note(self, bell):
+        self.tell(f"load {self.place(bell)}")
+        return self.bells[bell >> 2]
+
+    def wait(self, bell, noted, deadline):
         self.tell(f"wait {self.place(bell)}")
-        self.waits.append((seen, self.bells.view[bell >> 2], deadline))
+        self.waits.append((noted, self.bells[bell >> 2], deadline))
+
+    def wake(self, bell):
+        self.tell(f"wake {self.place(bell)}")
+        self.bells[bell >> 2] += 1

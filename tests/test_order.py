@@ -452,7 +452,7 @@ def test_a_closed_side_is_not_announced_any_more_and_its_sleepers_are_rung():
     segment, reader = parked_reader()
     reader.parking._monitor.enter((1, 0))
     reader.close()
-    assert segment.peek("reader_parked") == 2 and segment.log[-1] == "ring reader_bell"
+    assert segment.peek("reader_parked") == 2 and segment.log[-1] == "wake reader_bell"
     with pytest.raises(MonitorClosed):
         sleep(reader)
     assert segment.peek("reader_parked") == 2

@@ -594,7 +594,7 @@ LABEL = re.compile(
 WORDS = "write_pos", "read_pos", "parked", "wanted", "used", "bell"  # in an index; without any it is a record
 CALLS = {
     "order": "order", "_order": "order", "fence": "fence", "_fence": "fence", "sleeper_fence": "membarrier",
-    "ring": "ring bell", "wait": "wait bell", "nothing": "look", "pack": "store record",
+    "ring": "ring bell", "note": "load bell", "wait": "wait bell", "nothing": "look", "pack": "store record",
     "_make_even": "store parked", "_ring": "load parked",
 }  # fmt: skip
 
