@@ -150,9 +150,10 @@ class Ring:
                 `capacity`). The memory of a lane is taken when the lane is first claimed.
             writers: Lanes, that is, handles that can write at a time; 1 to 4096.
             readers: "one": one handle reads, a second one that tries gets RingBusy.
-            mode: Permissions of the ring, whatever the umask; the owner must be able to read and write.
+            mode: Permissions of the ring, whatever the umask; the owner must be able to read and write. On Windows
+                they are checked and not used: its objects have the security that the process gives all it makes.
             keep: The name and the unread messages stay when nobody has the ring open, until `unlink`
-                (or until the system goes down).
+                (or until the system goes down). Windows has no such thing.
             replace: Take the place of a kept ring of this name that nobody has open.
             spin: Seconds to look again and again before going to sleep in a wait, at most (less while it
                 does not pay), for this handle; None is 100 microseconds, or nothing where there is one processor.
@@ -162,6 +163,7 @@ class Ring:
             RingBusy: With `replace`: somebody has that ring open. Or another process is removing a ring of
                 this name, and has not finished within a second (it was stopped?).
             ValueError: An argument is out of its range.
+            NotImplementedError: ``keep=True`` on Windows.
             OSError: The system says no: ENOSPC without memory for the control words, EACCES, ...
         """
         _layout.check_name(name)
