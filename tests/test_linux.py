@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
+import pytest
+
+if sys.platform != "linux":
+    pytest.skip("the Linux backend is for Linux", allow_module_level=True)
+
 import contextlib
 import ctypes
 import errno
@@ -11,14 +18,8 @@ import os
 import re
 import resource
 import signal
-import sys
 import time
 from pathlib import Path
-
-import pytest
-
-if sys.platform != "linux":
-    pytest.skip("the Linux backend is for Linux", allow_module_level=True)
 
 from conftest import DEADLINE, descriptors, namespaces, segments, wait_until
 

@@ -118,13 +118,31 @@ def test_importing_starts_nothing_and_opens_nothing(vendored):
     out = run(vendored, script="""
         import os, signal, sys, threading
 
-        def state():
+        def opened():
+            if sys.platform == "win32":
+                return handles()
             return (
-                sorted(os.listdir("/proc/self/fd")), threading.active_count(), os.listdir("/dev/shm").count("shmring"),
-                [signal.getsignal(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGCHLD")],
-                os.getcwd(), dict(os.environ), sys.getswitchinterval(),
+                sorted(os.listdir("/proc/self/fd")), os.listdir("/dev/shm").count("shmring"),
                 open("/proc/self/status").read().count("SigBlk:"),
             )
+
+        def state():
+            return (
+                opened(), threading.active_count(),
+                [signal.getsignal(number) for number in sorted(signal.valid_signals())],
+                os.getcwd(), dict(os.environ), sys.getswitchinterval(),
+            )
+
+        if sys.platform == "win32":
+            import ctypes, mmap, sysconfig  # what these open is not of the package's doing
+            sysconfig.get_platform()
+            ctypes.WinDLL("advapi32"), ctypes.PyDLL("kernel32")
+            this = ctypes.WinDLL("kernel32")
+
+            def handles():
+                count = ctypes.c_uint32()
+                assert this.GetProcessHandleCount(ctypes.c_void_p(-1), ctypes.byref(count))
+                return count.value
 
         before = state()
         import myapp._vendor.shmring
