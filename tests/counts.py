@@ -31,6 +31,25 @@ if WINDOWS:
     _get_process_memory_info = _kernel32["K32GetProcessMemoryInfo"]
     _get_process_memory_info.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint32)
 
+    # SIZE_T VirtualQuery(LPCVOID lpAddress, PMEMORY_BASIC_INFORMATION lpBuffer, SIZE_T dwLength);
+    _virtual_query = _kernel32["VirtualQuery"]
+    _virtual_query.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    _virtual_query.restype = ctypes.c_size_t
+
+    class _MemoryRegion(ctypes.Structure):
+        """MEMORY_BASIC_INFORMATION, <winnt.h>, 64-bit."""
+
+        _fields_ = (
+            ("BaseAddress", ctypes.c_void_p),
+            ("AllocationBase", ctypes.c_void_p),
+            ("AllocationProtect", ctypes.c_uint32),
+            ("PartitionId", ctypes.c_uint32),
+            ("RegionSize", ctypes.c_size_t),
+            ("State", ctypes.c_uint32),
+            ("Protect", ctypes.c_uint32),
+            ("Type", ctypes.c_uint32),
+        )
+
     class _MemoryCounters(ctypes.Structure):
         """PROCESS_MEMORY_COUNTERS, <psapi.h>."""
 
@@ -44,8 +63,8 @@ if WINDOWS:
 
     def _mapped_views():
         """How many views of sections this process has: of rings, and of files that are not programs."""
-        found, address, region = set(), 0, os_backend.MEMORY_BASIC_INFORMATION()
-        while os_backend._virtual_query(address, ctypes.byref(region), ctypes.sizeof(region)):
+        found, address, region = set(), 0, _MemoryRegion()
+        while _virtual_query(address, ctypes.byref(region), ctypes.sizeof(region)):
             if region.State != MEM_FREE and region.Type == MEM_MAPPED:
                 found.add(region.AllocationBase)
             address = (region.BaseAddress or 0) + region.RegionSize
