@@ -83,7 +83,7 @@ LONGEST: Final = 1 << 30  # milliseconds in a wait; twelve days, after which the
 AUTO_RESET, MANUAL_RESET = 0, 1  # bManualReset of CreateEventW
 UNSET, SET = 0, 1  # bInitialState of CreateEventW
 
-# Well-known security identifiers, <winnt.h>: who may own a ring besides this user. Root's likes.
+# Well-known security identifiers, of winnt.h: who may own a ring besides this user. Root's likes.
 SYSTEM: Final = bytes.fromhex("010100000000000512000000")  # S-1-5-18
 ADMINISTRATORS: Final = bytes.fromhex("01020000000000052000000020020000")  # S-1-5-32-544
 
