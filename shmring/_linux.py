@@ -381,9 +381,8 @@ class Segment:
             what = f"no memory for a lane of {nbytes:,} bytes: {error.strerror}"
             raise OSError(error.errno, what, self.name) from error
 
-    def has_memory(self, offset: int) -> bool:
-        """Can the lane that begins there be read? Here a hole reads as zeros."""
-        return True
+    def back(self, offset: int, nbytes: int) -> None:
+        """See that these bytes can be used, which a lane's words say were reserved. Here a hole reads as zeros."""
 
     # ------------------------------------------------------------ sleeping and waking
 

@@ -37,7 +37,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
-from ctypes import PyDLL, Structure, addressof, byref, c_char, c_int, c_size_t, c_uint32, c_void_p, c_wchar_p, sizeof
+from ctypes import PyDLL, addressof, byref, c_char, c_int, c_size_t, c_uint32, c_void_p, c_wchar_p
 from functools import partial
 from typing import Any, Final
 
@@ -87,21 +87,6 @@ UNSET, SET = 0, 1  # bInitialState of CreateEventW
 # Well-known security identifiers, <winnt.h>: who may own a ring besides this user. Root's likes.
 SYSTEM: Final = bytes.fromhex("010100000000000512000000")  # S-1-5-18
 ADMINISTRATORS: Final = bytes.fromhex("01020000000000052000000020020000")  # S-1-5-32-544
-
-
-class MEMORY_BASIC_INFORMATION(Structure):
-    """<winnt.h>, 64-bit. What `VirtualQuery` tells of pages."""
-
-    _fields_ = (
-        ("BaseAddress", c_void_p),
-        ("AllocationBase", c_void_p),
-        ("AllocationProtect", c_uint32),
-        ("PartitionId", c_uint32),  # a WORD, and padding
-        ("RegionSize", c_size_t),
-        ("State", c_uint32),  # MEM_COMMIT, or they have no memory
-        ("Protect", c_uint32),
-        ("Type", c_uint32),
-    )
 
 
 class Handle(c_void_p):
@@ -184,11 +169,6 @@ _Two = c_void_p * 2
 _virtual_alloc = _waiting["VirtualAlloc"]
 _virtual_alloc.argtypes = (c_void_p, c_size_t, c_uint32, c_uint32)
 _virtual_alloc.restype = c_void_p
-
-# SIZE_T VirtualQuery(LPCVOID lpAddress, PMEMORY_BASIC_INFORMATION lpBuffer, SIZE_T dwLength);
-_virtual_query = _quick["VirtualQuery"]
-_virtual_query.argtypes = (c_void_p, c_void_p, c_size_t)
-_virtual_query.restype = c_size_t
 
 # HANDLE GetCurrentProcess(void); a constant that need not be closed
 _current_process = _quick["GetCurrentProcess"]
@@ -478,11 +458,13 @@ class Segment:
         """Have memory for these bytes of the segment, for good; ENOSPC if there is none."""
         self._commit(offset, nbytes, "a lane")
 
-    def has_memory(self, offset: int) -> bool:
-        """Can the lane that begins there be read? Else a single look would end the process."""
-        found = MEMORY_BASIC_INFORMATION()
-        _virtual_query(self._address + offset, byref(found), sizeof(found))
-        return bool(found.State == MEM_COMMIT)
+    def back(self, offset: int, nbytes: int) -> None:
+        """See that these bytes can be used, which a lane's words say were reserved.
+
+        If the words are damaged they may not be, and a single look would end the process. Where they were, nothing
+        changes.
+        """
+        self.reserve(offset, nbytes)
 
     # ------------------------------------------------------------ sleeping and waking
 

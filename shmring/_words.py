@@ -89,7 +89,7 @@ class Segment(Protocol):
     def claim(self, byte: int) -> bool: ...
     def release(self, byte: int) -> None: ...
     def reserve(self, offset: int, nbytes: int) -> None: ...
-    def has_memory(self, offset: int) -> bool: ...
+    def back(self, offset: int, nbytes: int) -> None: ...
     def order_fence(self) -> Fence: ...
     def waker_fence(self) -> Fence: ...
     def sleeper_fence(self) -> bool: ...
@@ -374,9 +374,8 @@ class Writer:
                 damaged += 1
             else:
                 try:
-                    if write_pos == 0 or not segment.has_memory(layout.lane_bytes(lane)):
-                        # Memory first: without any the first store would be a crash, this is ENOSPC.
-                        segment.reserve(layout.lane_bytes(lane), layout.capacity)
+                    # Memory first: without any the first store would be a crash, this is ENOSPC.
+                    (segment.back if write_pos else segment.reserve)(layout.lane_bytes(lane), layout.capacity)
                     break
                 except OSError as error:
                     failure = error
@@ -576,7 +575,7 @@ class _Lane:
         self.top = self.first + layout.capacity
         self.rung = 0  # the writer's epoch that this handle last rang
         self.damage = ""  # what is wrong with it; it is left alone then
-        self.backed = False  # it is known to have memory
+        self.backed = False  # it is sure to have memory
         self.pos = self.end = self.count = 0
 
 
@@ -702,8 +701,7 @@ class Reader:
             what = f"its write_pos is {lane.end:,}, which a capacity of {capacity:,} does not allow"
             raise self._damaged(lane, pos, what)
         if not lane.backed:
-            if not self._segment.has_memory(lane.first):
-                raise self._damaged(lane, pos, f"its write_pos is {lane.end:,}, and it never had memory")
+            self._segment.back(lane.first, capacity)
             lane.backed = True
 
     def _record(self, lane: _Lane, pos: int) -> tuple[int, int]:

@@ -153,8 +153,8 @@ class FakeSegment:
     def reserve(self, offset, nbytes):
         self.tell("reserve")
 
-    def has_memory(self, offset):
-        return True
+    def back(self, offset, nbytes):
+        pass
 
     def order_fence(self):
         return self._order
