@@ -27,7 +27,7 @@ import tempfile
 import termios
 import threading
 import types
-from ctypes import CDLL, PyDLL, c_char_p, c_int, c_int16, c_int64, c_uint, c_uint16, c_uint32, c_uint64, c_void_p
+from ctypes import CDLL, PyDLL, c_int, c_int16, c_int64, c_uint, c_uint16, c_uint32, c_uint64, c_void_p
 
 PAGE = 16384
 SHM_NAME, SEM_NAME = 31, 30  # bytes with the slash, at most
@@ -124,6 +124,11 @@ def _checked(name, most):
     assert name.startswith(b"/")
 
 
+def _ours(name):
+    """Where it really is: each run of the tests has shared memory and semaphores of its own."""
+    return b"/%s.%s" % (os.path.basename(os.environ[CACHE]).encode(), name[1:])
+
+
 def _called(function, *args):
     result = function(*args)
     if result == -1:
@@ -138,7 +143,7 @@ def shm_open(kind):
         _checked(name, SHM_NAME)
         if flags & os.O_TRUNC:  # bsd/kern/posix_shm.c, shm_open
             raise Failure(errno.EINVAL)
-        fd = _called(real, name, flags, mode or c_uint(0))
+        fd = _called(real, _ours(name), flags, mode or c_uint(0))
         if flags & os.O_CREAT:  # bsd/kern/posix_shm.c knows no umask; the sticky bit is our mark: see ftruncate
             os.fchmod(fd, mode.value & 0o777)
         return fd
@@ -151,7 +156,7 @@ def shm_unlink(kind):
 
     def shm_unlink(name):
         _checked(name, SHM_NAME)
-        return _called(real, name)
+        return _called(real, _ours(name))
 
     return shm_unlink
 
@@ -167,7 +172,7 @@ def sem_open(kind):
 
     def sem_open(name, flags, mode=None, value=None):
         _checked(name, SEM_NAME)
-        address = real(name, flags, mode, value) if flags & os.O_CREAT else real(name, flags)
+        address = real(_ours(name), flags, mode, value) if flags & os.O_CREAT else real(_ours(name), flags)
         if not address:
             raise Failure(ctypes.get_errno())
         # A sem_t * is a descriptor number there (bsd/kern/posix_sem.c, sem_open), so the first one may be 0.
@@ -198,7 +203,7 @@ def sem_unlink(kind):
 
     def sem_unlink(name):
         _checked(name, SEM_NAME)
-        return _called(real, name)
+        return _called(real, _ours(name))
 
     return sem_unlink
 
@@ -253,6 +258,8 @@ def _change(queue, fd, change):
             operation, number = EPOLL_CTL_ADD, os.eventfd(0, os.EFD_NONBLOCK) if EVENTFD else _eventfd()
         else:
             operation, number = EPOLL_CTL_ADD, change.ident
+            if change.ident >= 1 << 31:
+                raise Failure(errno.EBADF)
         _called(_real["quick"].epoll_ctl, fd, operation, number, _EVENT.pack(EPOLLIN | edge, number))
         queue[key] = number
     if key not in queue:
@@ -295,14 +302,15 @@ def kevent(kind):
         buffer = ctypes.create_string_buffer(_EVENT.size * nevents)
         count = _called(wait, fd, buffer, nevents, milliseconds)  # EINTR is left to the caller
         keys = {number: key for key, number in queue.items()}
+        ready = [keys.get(_EVENT.unpack_from(buffer, i * _EVENT.size)[1]) for i in range(count)]
+        ready = [key for key in ready if key is not None]  # the others were closed meanwhile
         found = ctypes.cast(events, ctypes.POINTER(Kevent))
-        for i in range(count):
-            _, number = _EVENT.unpack_from(buffer, i * _EVENT.size)
-            found[i].filter, found[i].ident = keys[number]
-            found[i].flags, found[i].fflags = 0, 0
-            if found[i].filter == EVFILT_READ:  # how much there is to read
-                found[i].data = struct.unpack("i", fcntl.ioctl(number, termios.FIONREAD, bytes(4)))[0]
-        return count
+        for i, (filter_, ident) in enumerate(ready):
+            found[i] = Kevent(ident, filter_)
+            if filter_ == EVFILT_READ:  # how much there is to read
+                with contextlib.suppress(OSError):
+                    found[i].data = struct.unpack("i", fcntl.ioctl(ident, termios.FIONREAD, bytes(4)))[0]
+        return len(ready)
 
     return kevent
 
@@ -378,6 +386,10 @@ class Os(Through):
         return status
 
     def close(self, fd):
+        """What is closed is in no queue any more (knote_fdclose in bsd/kern/kern_event.c)."""
+        for number, queue in list(_queues.items()):
+            if queue.pop((EVFILT_READ, fd), None) is not None:
+                _real["quick"].epoll_ctl(number, EPOLL_CTL_DEL, fd, None)
         close_queue(fd) if fd in _queues else os.close(fd)
 
     def _not_on_memory(name):  # noqa: N805 - makes methods
@@ -396,7 +408,7 @@ class Os(Through):
 
 class Fcntl(Through):
     def flock(self, fd, operation):
-        """Files alone: ENOTSUP for a FIFO (fifo_advlock in fifo_vnops.c) and for shared memory (flock in kern_descrip.c)."""
+        """Files alone. ENOTSUP for a FIFO: fifo_advlock, fifo_vnops.c; for shared memory: flock, kern_descrip.c."""
         if is_memory(fd) or stat.S_ISFIFO(os.fstat(fd).st_mode):
             raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
         fcntl.flock(fd, operation)
@@ -407,7 +419,7 @@ def load():
     if CACHE not in os.environ:
         os.environ[CACHE] = folder = tempfile.mkdtemp(prefix="shmring-cache-")
         owner = os.getpid()
-        atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
+        atexit.register(lambda: os.getpid() == owner and (clear(), shutil.rmtree(folder, ignore_errors=True)))
     name = "shmring._libsystem"
     if name not in sys.modules:
         import shmring  # noqa: F401 - the package comes first, or it would come in the middle
@@ -432,8 +444,23 @@ def take_over():
     _backend.os_backend = _ring.os_backend = module
 
 
-def left(prefix=""):
-    """The rings of which something is left: names of files in the folder, of memory and of semaphores."""
-    root = os.path.join(os.environ[CACHE], "shmring")
-    files = set(os.listdir(root)) if os.path.isdir(root) else set()
-    return files
+def left():
+    """What there is of rings: "shmring." and the name of each, and each folder, shared memory and semaphore."""
+    folder = os.environ.get(CACHE)
+    if folder is None:
+        return set()
+    root = os.path.join(folder, "shmring")
+    found = set(os.listdir(root)) if os.path.isdir(root) else set()
+    for entry in list(found):
+        if entry.startswith("name-"):
+            with contextlib.suppress(FileNotFoundError, IndexError), open(os.path.join(root, entry)) as file:
+                found.add(f"shmring.{file.read().split(chr(10))[3]}")
+    return found | {entry for entry in os.listdir("/dev/shm") if os.path.basename(folder) in entry}
+
+
+def clear():
+    """Remove all that."""
+    for entry in left():
+        with contextlib.suppress(OSError):
+            os.unlink(f"/dev/shm/{entry}")
+    shutil.rmtree(os.path.join(os.environ[CACHE], "shmring"), ignore_errors=True)
