@@ -27,7 +27,6 @@ import sys
 if sys.platform != "win32":
     raise ImportError(f"this is the Windows backend of shmring, not one for {sys.platform}")
 
-import contextlib
 import ctypes
 import errno
 import math
@@ -36,7 +35,7 @@ import os
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from ctypes import PyDLL, addressof, byref, c_char, c_int, c_size_t, c_uint32, c_void_p, c_wchar_p
 from functools import partial
 from typing import Any, Final
@@ -144,7 +143,7 @@ _create_mutex.restype = Handle
 # HANDLE OpenMutexW(DWORD dwDesiredAccess, BOOL bInheritHandle, LPCWSTR lpName);
 _open_mutex = _quick["OpenMutexW"]
 _open_mutex.argtypes = (c_uint32, c_int, c_wchar_p)
-_open_mutex.restype = Handle
+_open_mutex.restype = c_void_p  # not a Handle: None, and a Handle of nothing would be much work for each question
 
 # BOOL ReleaseMutex(HANDLE hMutex);
 _release_mutex = _quick["ReleaseMutex"]
@@ -191,6 +190,9 @@ _get_kernel_object_security.argtypes = (c_void_p, c_uint32, c_void_p, c_uint32, 
 _get_kernel_object_security.restype = c_int
 
 
+_last_error = partial(ctypes.get_last_error)
+
+
 def describe() -> str:
     """What `Ring.backend` says."""
     return "windows: named events and mappings; a fence with every message"
@@ -226,7 +228,11 @@ def _prefix() -> str:
 
 def _exists(name: str) -> bool:
     """Is there an event of this name? In doubt, yes. Opens nothing, because as a mutex it cannot be opened."""
-    return bool(_open_mutex(SYNCHRONIZE, False, name)) or ctypes.get_last_error() != ERROR_FILE_NOT_FOUND
+    # Both calls in one go in C: no signal handler's own calls come between, and leave an error of theirs.
+    mutex, error = map(partial.__call__, (partial(_open_mutex, SYNCHRONIZE, False, name), _last_error))
+    if mutex:
+        _close_handle(mutex)  # a stranger's
+    return bool(mutex) or error != ERROR_FILE_NOT_FOUND
 
 
 def _sid(data: bytes, offset: int) -> bytes:
@@ -259,12 +265,15 @@ def _own_sids() -> set[bytes]:
 def unlink(name: str) -> None:
     """Remove a ring's name; FileNotFoundError if there is none. Open handles stay as they are."""
     passing = Segment(name)
-    passing._open_name()
-    with passing._changing_the_name():
+    passing._open_name(make=False)
+
+    def forget() -> None:
         nonce = passing._named()
         if nonce is None:
             raise FileNotFoundError(errno.ENOENT, "there is no ring of this name", name)
         passing._forget(nonce)
+
+    passing._change_the_name(forget)
 
 
 class Segment:
@@ -294,7 +303,7 @@ class Segment:
         self = cls(name)
         self.layout = layout
         try:
-            self._open_name()
+            self._open_name(make=True)
             size, access = layout.segment_bytes, PAGE_READWRITE | SEC_RESERVE
             reserved = _create_file_mapping(
                 INVALID_HANDLE_VALUE, None, access, size >> 32, size & 0xFFFFFFFF, self._of("ring")
@@ -309,13 +318,7 @@ class Segment:
             self._present = _create_event(None, MANUAL_RESET, UNSET, self._of("present"))
             if not self._present:
                 raise _failure("cannot create the event of the ring's presence", name)
-            with self._changing_the_name():
-                if self._named() is not None:
-                    if replace:
-                        raise RingBusy(f"ring {name!r} cannot be replaced: somebody has it open")
-                    raise FileExistsError(errno.EEXIST, "a ring of this name exists and somebody has it open", name)
-                assert self._name_page is not None
-                self._name_page[: len(layout.nonce)] = layout.nonce
+            self._change_the_name(lambda: self._take_the_name(replace))
             return self
         except BaseException:
             self.close()
@@ -326,14 +329,16 @@ class Segment:
         """Attach to a ring that somebody has open."""
         self = cls(name)
         try:
-            self._open_name()
+            self._open_name(make=False)
             nonce = self._named()
             if nonce is None:
                 raise FileNotFoundError(errno.ENOENT, "there is no ring of this name", name)
-            # Now it cannot go any more, or it is gone.
-            self._present = _open_event(SYNCHRONIZE, False, self._of("present", nonce))
             access = FILE_MAP_READ | FILE_MAP_WRITE | READ_CONTROL
-            if not self._present or not (section := _open_file_mapping(access, False, self._of("ring", nonce))):
+            section = _open_file_mapping(access, False, self._of("ring", nonce))
+            if section:
+                # Now it cannot go any more, or it is gone. With the section, so that presence always has memory.
+                self._present = _open_event(SYNCHRONIZE, False, self._of("present", nonce))
+            if not self._present:
                 if ctypes.get_last_error() != ERROR_FILE_NOT_FOUND:
                     raise _failure("cannot open the ring", name)
                 raise FileNotFoundError(errno.ENOENT, "the ring of this name was just removed", name)
@@ -374,10 +379,15 @@ class Segment:
 
     # ------------------------------------------------------------ the name
 
-    def _open_name(self) -> None:
-        """Keep the page that says which ring has this name; made of zeros if there is none."""
+    def _open_name(self, make: bool) -> None:
+        """Keep the page that says which ring has this name; made of zeros if there is none and `make` says so."""
+        page = f"{self._prefix}name-{self.name}"
+        # In the namespace Global it takes a privilege to make one, but none to find that there is none.
+        there = make or _open_file_mapping(FILE_MAP_READ, False, page)
+        if not there and ctypes.get_last_error() == ERROR_FILE_NOT_FOUND:
+            raise FileNotFoundError(errno.ENOENT, "there is no ring of this name", self.name)
         try:
-            self._name_page = mmap.mmap(-1, _layout.PAGE, tagname=f"{self._prefix}name-{self.name}")
+            self._name_page = mmap.mmap(-1, _layout.PAGE, tagname=page)
         except OSError as error:
             raise _failure("cannot open the page of the ring's name", self.name, error.winerror) from error
 
@@ -390,15 +400,26 @@ class Segment:
         nonce = self._name_page[:16]
         return nonce if any(nonce) and _exists(self._of("present", nonce)) else None
 
+    def _take_the_name(self, replace: bool) -> None:
+        """With the lock: have the name lead to this ring if it leads nowhere."""
+        if self._named() is not None:
+            if replace:
+                raise RingBusy(f"ring {self.name!r} cannot be replaced: somebody has it open")
+            raise FileExistsError(errno.EEXIST, "a ring of this name exists and somebody has it open", self.name)
+        assert self._name_page is not None
+        self._name_page[: len(self.layout.nonce)] = self.layout.nonce
+
     def _forget(self, nonce: bytes) -> None:
         """With the lock: have the name lead nowhere if it leads to this ring."""
         assert self._name_page is not None
         if self._name_page[: len(nonce)] == nonce:
             self._name_page[: len(nonce)] = bytes(len(nonce))
 
-    @contextlib.contextmanager
-    def _changing_the_name(self) -> Iterator[None]:
-        """Hold the lock of this name. If its last holder died in the middle, there is nothing to repair."""
+    def _change_the_name(self, change: Callable[[], None]) -> None:
+        """Call this with the lock of the name. If its last holder died in the middle, there is nothing to repair.
+
+        No context manager: a signal handler's exception as it is entered would leave the lock to the traceback.
+        """
         mutex = _create_mutex(None, False, f"{self._prefix}lock-{self.name}")
         if not mutex:
             raise _failure("cannot open the mutex of the ring's name", self.name)
@@ -412,7 +433,7 @@ class Segment:
                 )
             if outcome not in ([WAIT_OBJECT_0], [WAIT_ABANDONED]):
                 raise _failure("cannot wait for the mutex of the ring's name", self.name)
-            yield
+            change()
         finally:
             if outcome in ([WAIT_OBJECT_0], [WAIT_ABANDONED]):
                 _release_mutex(mutex)
@@ -420,8 +441,7 @@ class Segment:
     def unlink(self) -> None:
         """Remove the ring's name if it still is this ring's."""
         if self._name_page is not None:
-            with self._changing_the_name():
-                self._forget(self.layout.nonce)
+            self._change_the_name(lambda: self._forget(self.layout.nonce))
 
     # ------------------------------------------------------------ claims
 
@@ -435,20 +455,24 @@ class Segment:
         name = self._claim_name(byte)
         if _exists(name):
             return False
-        event = _create_event(None, AUTO_RESET, SET, name)
-        if not event:
-            raise _failure("cannot create the event of a claim", self.name)
-        # Of several who come here at once, with handles of the same event, one gets the signal.
-        if _poll(event, 0) != WAIT_OBJECT_0:
-            return False
-        self._claims[byte] = event
-        return True
+        event = None
+        try:
+            event = _create_event(None, AUTO_RESET, SET, name)
+            if not event:
+                raise _failure("cannot create the event of a claim", self.name)
+            # Of several who come here at once, with handles of the same event, one gets the signal.
+            if _poll(event, 0) != WAIT_OBJECT_0:
+                return False
+            self._claims[byte] = event
+            return True
+        finally:
+            del event  # else the traceback of a signal handler's exception has it, and the role looks taken
 
     def release(self, byte: int) -> None:
         """Give a role back. Not held: nothing happens."""
-        event = self._claims.pop(byte, None)
-        if event is not None:
-            _set_event(event)  # for who has a handle of it this very moment
+        if byte in self._claims:
+            # The signal is for who has a handle of it this very moment. It is in no variable, as in `claim`.
+            _set_event(self._claims.pop(byte))
 
     def is_claimed(self, byte: int) -> bool:
         """Does another handle hold this role now, by the kernel's word?"""
@@ -525,11 +549,15 @@ class Segment:
                 heard = outcome == WAIT_OBJECT_0 + 1
                 if outcome not in (WAIT_OBJECT_0, WAIT_OBJECT_0 + 1, WAIT_TIMEOUT):
                     raise _failure("cannot wait for an event", self.name)
-        finally:
             asleep.pop(number, None)
             if heard:
                 self.wake(bell)
-            self._alarms.append(alarm)
+        except BaseException:
+            asleep.pop(number, None)
+            if heard:
+                self.wake(bell)  # once more, if a signal handler's exception came in the middle of it
+            raise
+        self._alarms.append(alarm)
 
     def wake(self, bell: int) -> None:
         """Have this handle's own threads return from `wait`, now or when they come to it."""
