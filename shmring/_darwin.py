@@ -470,9 +470,9 @@ class Segment:
         entry = _Entry(self.name, self.layout.nonce, self.layout.keep)
         self._is(entry)
         for _ in range(TRIES):
-            with contextlib.suppress(FileExistsError):
+            with contextlib.suppress(FileExistsError, FileNotFoundError):
                 os.mkdir(self._home, 0o700)
-                os.chmod(self._home, 0o700)
+                os.chmod(self._home, 0o700)  # whatever the umask
             with contextlib.suppress(FileNotFoundError):
                 fd = self._open_file("ring", os.O_RDWR | os.O_CREAT, _layout.PRESENCE)
                 if _lock(fd, fcntl.LOCK_SH) and _leads_to(f"{self._home}/ring", fd):
@@ -618,6 +618,8 @@ class Segment:
                 _sem_post(gate)
             if gate != SEM_FAILED:
                 _sem_close(gate)
+                if not os.path.exists(self._home):
+                    _sem_unlink(self._system_name)  # the ring was removed before we made it
             self._let_go(_layout.NAME)  # which unlocks it
 
     def _remove_name(self, seconds: float) -> None:
@@ -786,6 +788,7 @@ class Segment:
             _shm_unlink(self._system_name)
             _sem_unlink(self._system_name)
             _clear(self._home)
+            _sem_unlink(self._system_name)  # who came for the name's lock meanwhile has made it anew
         except (OSError, RingBusy):
             pass  # somebody else is at it; or it stays, and counts as not there
         finally:
@@ -903,11 +906,8 @@ def _sweep_one(home: str, nonce: bytes) -> None:
     passing = Segment("?")
     try:
         passing._is(_Entry("?", nonce, False))
-        try:
-            fd = passing._open_file("ring", os.O_RDONLY, _layout.PRESENCE)
-        except FileNotFoundError:
-            _clear(home)
-            return
+        # Made if there is none, because its creator may be about to: who has the lock of the file that is there decides.
+        fd = passing._open_file("ring", os.O_RDWR | os.O_CREAT, _layout.PRESENCE)
         found = _Entry.read(fd)
         if found is not None:
             passing.name, passing._keep = found.name, found.keep
