@@ -906,7 +906,7 @@ def _sweep_one(home: str, nonce: bytes) -> None:
     passing = Segment("?")
     try:
         passing._is(_Entry("?", nonce, False))
-        # Made if there is none, because its creator may be about to: who has the lock of the file that is there decides.
+        # Made if there is none, because its creator may be about to: the lock of the file that is there decides.
         fd = passing._open_file("ring", os.O_RDWR | os.O_CREAT, _layout.PRESENCE)
         found = _Entry.read(fd)
         if found is not None:
