@@ -24,7 +24,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from ctypes import CDLL, PyDLL, Structure, addressof, byref, c_char, c_int, c_long, c_void_p, get_errno
+from ctypes import CDLL, PyDLL, Structure, addressof, byref, c_char, c_char_p, c_int, c_long, c_void_p, get_errno
 from functools import partial
 from itertools import chain
 from typing import Final
@@ -49,7 +49,7 @@ PREFIX: Final = "shmring."
 REMOVER_TRIES: Final = 1000  # milliseconds that `create` gives another process to finish removing the name
 SLICE: float | None = 1.0  # seconds that the main thread sleeps at most before it looks for signals
 
-# <asm/unistd_64.h> of x86-64, <asm-generic/unistd.h> of aarch64
+# <sys/syscall.h>
 SYS_futex: Final = {"x86_64": 202, "aarch64": 98}[MACHINE]
 SYS_membarrier: Final = {"x86_64": 324, "aarch64": 283}[MACHINE]
 
@@ -58,6 +58,8 @@ FUTEX_WAKE_OP: Final = 5
 FUTEX_WAIT_BITSET: Final = 9  # its time-out is a point on CLOCK_MONOTONIC, which is Python's time.perf_counter
 FUTEX_BITSET_MATCH_ANY: Final = 0xFFFFFFFF
 FUTEX_OP_ADD: Final = 1
+
+# <limits.h>
 INT_MAX: Final = 0x7FFFFFFF
 
 # <linux/membarrier.h>
@@ -69,7 +71,7 @@ _FLOCK = struct.Struct("hhqqi4x")
 
 
 class _Timespec(Structure):
-    """<time.h>, 64-bit: seconds and nanoseconds."""
+    """struct timespec of <time.h>, 64-bit: seconds and nanoseconds."""
 
     _fields_ = (("tv_sec", c_long), ("tv_nsec", c_long))
 
@@ -79,7 +81,11 @@ _waiting = CDLL(None, use_errno=True)["syscall"]  # lets go of the interpreter: 
 _waiting.restype = c_long
 _quick = PyDLL(None, use_errno=True)["syscall"]
 _quick.restype = c_long
+
+# int open(const char *pathname, int flags, ...); the mode is for O_CREAT, which we do not use
 _quick_open = PyDLL(None, use_errno=True)["open"]
+_quick_open.argtypes = (c_char_p, c_int)
+_quick_open.restype = c_int
 
 _FUTEX = c_long(SYS_futex)
 _WAIT = c_int(FUTEX_WAIT_BITSET)
@@ -322,7 +328,7 @@ class Segment:
         """
         path = b"/proc/self/fd/%d" % fd
         while True:
-            # int open(const char *pathname, int flags); one call in C opens and notes
+            # One call in C opens and notes.
             noted.extend(map(_quick_open, [path], [os.O_RDWR | os.O_CLOEXEC]))
             if noted[-1] >= 0:
                 _owners[noted[-1]] = id(self), self._identity

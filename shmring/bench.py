@@ -1,9 +1,9 @@
 """Measure shmring beside what the standard library has: ``python -m shmring.bench``.
 
-The peers are `multiprocessing.Queue`, `multiprocessing.Pipe`, a Unix socket and a raw `os.pipe`. All
-mechanisms do the same work in the same run, in turn, round after round; what is printed is the median
-of the rounds, with the lowest and the highest. This process only directs: the measured ones are
-started for it (spawn), keep one mechanism's channels ready beside the other's, and get their jobs,
+The peers are `multiprocessing.Queue`, `multiprocessing.Pipe`, a Unix socket (on Windows, one of localhost)
+and a raw `os.pipe`. All mechanisms do the same work in the same run, in turn, round after round; what is
+printed is the median of the rounds, with the lowest and the highest. This process only directs: the measured
+ones are started for it (spawn), keep one mechanism's channels ready beside the other's, and get their jobs,
 which are functions of this module, through a control pipe.
 
 Every message is checked. In the timed rounds short ones are compared whole, and of long ones the
@@ -24,10 +24,7 @@ import multiprocessing
 import os
 import platform
 import random
-import resource
-import select
 import selectors
-import signal
 import socket
 import statistics
 import struct
@@ -43,6 +40,160 @@ from . import __version__
 from ._backend import os_backend
 from ._errors import RingTimeout
 from ._ring import Ring
+
+# ---------------------------------------------------------------- what differs between systems
+
+if sys.platform == "win32":
+    import ctypes
+    import faulthandler
+    import io
+    import msvcrt
+    import winreg
+    from multiprocessing.context import get_spawning_popen
+
+    PIPE_BUF: Final = 4096  # bytes; in fact a write of any length reaches a reader in one piece
+    TELLS_MEMORY: Final = False  # how much of it a process has to itself
+    ERASE: Final = " " * 78 + "\r"  # a console may not know the sequence
+    set_blocking: Callable[[int, bool], None] | None = getattr(os, "set_blocking", None)  # of pipes, from 3.12 on
+
+    if sys.version_info >= (3, 10):
+        clock = time.perf_counter_ns  # the same in all processes
+    else:  # before, it began with the process
+
+        def behind() -> int:
+            """The nanoseconds of the system's clock less those of this process's."""
+            # BOOL QueryPerformanceFrequency(LARGE_INTEGER *lpFrequency); and for the counter the same
+            kernel32, frequency, count = ctypes.WinDLL("kernel32"), ctypes.c_int64(), ctypes.c_int64()
+            read = kernel32["QueryPerformanceCounter"]
+            for function, value in ((kernel32["QueryPerformanceFrequency"], frequency), (read, count)):
+                function.argtypes = (ctypes.c_void_p,)
+                function.restype = ctypes.c_int
+                function(ctypes.byref(value))
+            found = []
+            for _ in range(100):
+                read(ctypes.byref(count))
+                found.append(count.value * 1_000_000_000 // frequency.value - time.perf_counter_ns())
+            return max(found)  # with the least time between the two
+
+        BEHIND: Final = behind()
+
+        def clock() -> int:
+            return time.perf_counter_ns() + BEHIND
+
+    class PipeEnd:
+        """A descriptor of an `os.pipe` that can be given to a process which is being started."""
+
+        def __init__(self, fd: int) -> None:
+            self._fd = fd
+
+        def fileno(self) -> int:
+            return self._fd
+
+        def close(self) -> None:
+            os.close(self._fd)
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            starting: Any = get_spawning_popen()
+            return pipe_end, (starting.duplicate_for_child(msvcrt.get_osfhandle(self._fd)),)
+
+    def pipe_end(handle: int) -> PipeEnd:
+        return PipeEnd(msvcrt.open_osfhandle(handle, os.O_BINARY))
+
+    def raw_pipe() -> tuple[Any, Any]:
+        out, into = os.pipe()
+        return PipeEnd(out), PipeEnd(into)
+
+    def into_buffers(fd: int) -> Callable[[memoryview], int]:
+        return io.FileIO(fd, closefd=False).readinto
+
+    def end_after(seconds: int) -> None:
+        """End this process after so many seconds; 0: no longer."""
+        faulthandler.cancel_dump_traceback_later()
+        if seconds:
+            faulthandler.dump_traceback_later(seconds, exit=True)
+
+    @contextlib.contextmanager
+    def without_ctrl_c() -> Iterator[None]:
+        """Processes that are started meanwhile are not ended by Ctrl-C; one that comes in between is lost."""
+        # BOOL SetConsoleCtrlHandler(PHANDLER_ROUTINE HandlerRoutine, BOOL Add);
+        ignore = ctypes.WinDLL("kernel32")["SetConsoleCtrlHandler"]
+        ignore.argtypes = (ctypes.c_void_p, ctypes.c_int)
+        ignore.restype = ctypes.c_int
+        ignore(None, True)
+        try:
+            yield
+        finally:
+            ignore(None, False)
+
+    def wine_version() -> str | None:
+        # const char *wine_get_version(void);
+        ntdll = ctypes.WinDLL("ntdll")
+        if not hasattr(ntdll, "wine_get_version"):
+            return None
+        wine_get_version = ntdll["wine_get_version"]
+        wine_get_version.argtypes = ()
+        wine_get_version.restype = ctypes.c_char_p
+        return str(wine_get_version(), "ascii")
+
+    def system() -> dict[str, Any]:
+        """Not by `platform`: that asks WMI, which takes its time, and under Wine ends the process."""
+        version, wine = sys.getwindowsversion(), wine_version()
+        remarks = ["Windows' clock ticks every 15.6 ms: CPU time goes in such steps, and pauses may take as long."]
+        if wine:
+            remarks += ["Wine's kernel calls are round trips to its server: these are no figures about Windows."]
+        return {
+            "system": f"Windows {version.major}.{version.minor}.{version.build} {os_backend.MACHINE}",
+            **({"wine": wine} if wine else {}),
+            "remarks": remarks,
+        }
+
+    def cpu_model() -> str:
+        with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"HARDWARE\DESCRIPTION\System\CentralProcessor\0") as key:
+            return str(winreg.QueryValueEx(key, "ProcessorNameString")[0]).strip()
+
+else:
+    import signal
+    from select import PIPE_BUF
+
+    TELLS_MEMORY: Final = os.path.exists("/proc/self/smaps_rollup")
+    ERASE: Final = "\x1b[K"
+    clock = time.perf_counter_ns  # the same in all processes
+    set_blocking = os.set_blocking
+
+    def raw_pipe() -> tuple[Any, Any]:
+        """Both ends of a pipe, as Connections, which can be pickled."""
+        return multiprocessing.Pipe(duplex=False)
+
+    def into_buffers(fd: int) -> Callable[[memoryview], int]:
+        """Reads from a descriptor into a buffer."""
+        return lambda view: os.readv(fd, [view])
+
+    def end_after(seconds: int) -> None:
+        """End this process after so many seconds; 0: no longer."""
+        signal.alarm(seconds)
+
+    @contextlib.contextmanager
+    def without_ctrl_c() -> Iterator[None]:
+        """Processes that are started meanwhile inherit that Ctrl-C is not for them; here it comes afterwards."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+    def system() -> dict[str, Any]:
+        """What the system is, as a part of the environment."""
+        return {"system": f"{platform.system()} {platform.release()} {platform.machine()}"}
+
+    def cpu_model() -> str:
+        with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+        return platform.processor() or "unknown CPU"
+
+
+# ---------------------------------------------------------------- what is measured, and how long
 
 PARTS: Final = ("latency", "throughput", "clients", "cpu")
 MODES: Final = ("spinning", "blocking", "asleep")
@@ -60,7 +211,6 @@ TAIL: Final = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
 LIMIT = 30.0  # seconds after which a job that has not ended is given up
 
 SPAWN: Final = multiprocessing.get_context("spawn")
-clock = time.perf_counter_ns  # the same in all processes
 _NUMBER = struct.Struct("<Q")
 _STAMPED = struct.Struct("<QQ")
 
@@ -188,6 +338,8 @@ class RingChannel(Channel):
 
     def file_bytes(self) -> int:
         """The memory that the rings' files take."""
+        if sys.platform != "linux":
+            raise NotImplementedError("they are no files")
         paths = [os.path.join(os_backend.DIRECTORY, os_backend.PREFIX + ring.name) for ring in self.rings.values()]
         return sum(os.stat(path).st_blocks * 512 for path in paths)
 
@@ -242,62 +394,102 @@ class PipeChannel(Channel):
         self.far.close()
 
 
-class SocketChannel(Channel):
-    """A pair of Unix sockets: SOCK_SEQPACKET, and SOCK_STREAM for what is too long for one packet."""
+if sys.platform == "win32":
 
-    label = "Unix socket"
-    shared = False
+    class SocketChannel(Channel):
+        """A TCP connection of 127.0.0.1: a stream without frames, so each message is received by its length."""
 
-    def __init__(self) -> None:
-        self.packets = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.stream = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        label = "localhost socket"
+        shared = False
 
-    def sender(self, size: int) -> Callable[[bytes], Any]:
-        return self.packets[0].send if size <= 1 << 16 else self.stream[0].sendall
+        def __init__(self) -> None:
+            self.stream = socket.socketpair()
+            for end in self.stream:
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def receiver(self, size: int) -> Callable[[], Any]:
-        if size <= 1 << 16:
-            return partial(self.packets[1].recv, size)
-        return filler(self.stream[1].recv_into, size)
+        def sender(self, size: int) -> Callable[[bytes], Any]:
+            return self.stream[0].sendall
 
-    def poller(self, size: int) -> Callable[[], Any]:
-        return unless_blocking(partial(self.packets[1].recv, size, socket.MSG_DONTWAIT))
+        def receiver(self, size: int) -> Callable[[], Any]:
+            self.stream[1].setblocking(True)
+            return filler(self.stream[1].recv_into, size)
 
-    @classmethod
-    def requests(cls, channels: Sequence[Any], size: int) -> Iterator[Any]:
-        with selectors.DefaultSelector() as selector:
-            for channel in channels:
-                selector.register(channel.packets[1], selectors.EVENT_READ, channel.receiver(size))
-            while True:
-                for key, _ in selector.select():
-                    yield key.data()
+        def poller(self, size: int) -> Callable[[], Any]:
+            self.stream[1].setblocking(False)
+            return unless_blocking(partial(self.stream[1].recv, size))
 
-    def close(self) -> None:
-        for end in (*self.packets, *self.stream):
-            end.close()
+        @classmethod
+        def requests(cls, channels: Sequence[Any], size: int) -> Iterator[Any]:
+            return selected({channel.stream[1]: channel.receiver(size) for channel in channels})
+
+        def close(self) -> None:
+            for end in self.stream:
+                end.close()
+
+else:
+
+    class SocketChannel(Channel):
+        """A pair of Unix sockets: SOCK_SEQPACKET, and SOCK_STREAM for what is too long for one packet."""
+
+        label = "Unix socket"
+        shared = False
+
+        def __init__(self) -> None:
+            self.packets = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self.stream = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+
+        def sender(self, size: int) -> Callable[[bytes], Any]:
+            return self.packets[0].send if size <= 1 << 16 else self.stream[0].sendall
+
+        def receiver(self, size: int) -> Callable[[], Any]:
+            if size <= 1 << 16:
+                return partial(self.packets[1].recv, size)
+            return filler(self.stream[1].recv_into, size)
+
+        def poller(self, size: int) -> Callable[[], Any]:
+            return unless_blocking(partial(self.packets[1].recv, size, socket.MSG_DONTWAIT))
+
+        @classmethod
+        def requests(cls, channels: Sequence[Any], size: int) -> Iterator[Any]:
+            return selected({channel.packets[1]: channel.receiver(size) for channel in channels})
+
+        def close(self) -> None:
+            for end in (*self.packets, *self.stream):
+                end.close()
+
+
+def selected(receivers: dict[socket.socket, Callable[[], Any]]) -> Iterator[Any]:
+    """What comes through these sockets, as it comes."""
+    with selectors.DefaultSelector() as selector:
+        for end, receive in receivers.items():
+            selector.register(end, selectors.EVENT_READ, receive)
+        while True:
+            for key, _ in selector.select():
+                yield key.data()
 
 
 class RawPipeChannel(Channel):
-    """os.pipe with os.write and os.read; its two descriptors travel as Connections, which can be pickled."""
+    """os.pipe with os.write and os.read."""
 
     label = "os.pipe"
+    spins = set_blocking is not None
 
     def __init__(self) -> None:
-        self._out, self._in = multiprocessing.Pipe(duplex=False)
+        self._out, self._in = raw_pipe()
 
     def sender(self, size: int) -> Callable[[bytes], Any]:
         return partial(os.write, self._in.fileno())
 
     def receiver(self, size: int) -> Callable[[], Any]:
         fd = self._out.fileno()
-        os.set_blocking(fd, True)
-        if size <= select.PIPE_BUF:
-            return partial(os.read, fd, size)
-        return filler(lambda view: os.readv(fd, [view]), size)
+        if set_blocking is not None:
+            set_blocking(fd, True)
+        return partial(os.read, fd, size) if size <= PIPE_BUF else filler(into_buffers(fd), size)
 
     def poller(self, size: int) -> Callable[[], Any]:
+        assert set_blocking is not None
         fd = self._out.fileno()
-        os.set_blocking(fd, False)
+        set_blocking(fd, False)
         return unless_blocking(partial(os.read, fd, size))
 
     def close(self) -> None:
@@ -347,7 +539,7 @@ def unless_blocking(receive: Callable[[], bytes]) -> Callable[[], bytes | None]:
 _channels: dict[str, Any] = {}  # by label; each job says what it expects there
 
 
-def work(control: connection.Connection, channels: dict[str, Any]) -> None:
+def work(control: Any, channels: dict[str, Any]) -> None:
     """The life of a measured process: one job after another, until the directing process is gone."""
     _channels.update(channels)
     while True:
@@ -355,14 +547,14 @@ def work(control: connection.Connection, channels: dict[str, Any]) -> None:
             function, args = control.recv()
         except EOFError:
             return
-        signal.alarm(math.ceil(LIMIT) * 2)  # should the directing process have been killed meanwhile
+        end_after(math.ceil(LIMIT) * 2)  # should the directing process have been killed meanwhile
         try:
             answer = True, function(*args)
         except WrongMessage as error:
             answer = False, str(error)
         except Exception as error:
             answer = False, f"{type(error).__name__}: {error}"
-        signal.alarm(0)
+        end_after(0)
         control.send(answer)
 
 
@@ -486,8 +678,7 @@ def listen(label: str, size: int, mode: str, count: int) -> array[int]:
 
 def cpu_seconds() -> float:
     """What this process has used so far, user and system time of all its threads."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+    return time.process_time()
 
 
 def idle(label: str) -> float:
@@ -574,7 +765,7 @@ class Worker(NamedTuple):
     """A measured process, and the pipe that its jobs go through."""
 
     process: Any
-    control: connection.Connection
+    control: Any  # a Connection
 
 
 class Fleet:
@@ -598,12 +789,11 @@ class Fleet:
         """Start a process with these channels. Ctrl-C is for the directing one alone."""
         ours, theirs = multiprocessing.Pipe()
         process = SPAWN.Process(target=work, args=(theirs, channels), daemon=True)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a child inherits it
         try:
-            process.start()
-            self._workers.append(Worker(process, ours))
+            with without_ctrl_c():
+                process.start()
+                self._workers.append(Worker(process, ours))
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             theirs.close()
         return self._workers[-1]
 
@@ -725,7 +915,7 @@ class Office:
         return Run(each * CLIENTS, seconds / 1e9, talks=talks)
 
     def connect_rings(self, rehearsals: int) -> dict[str, float]:
-        """Open the rings and use them; by how many bytes the memory for each client grew, and where.
+        """Open the rings and use them; by how many bytes the memory for each client grew, and where, if that is told.
 
         Everybody has used a ring before, which stays open: so neither the interpreter's memory for
         code that runs for the first time counts, nor is memory there that another ring gave back.
@@ -733,13 +923,15 @@ class Office:
         everybody = [self._server, *self._clients]
         stages = [make(OURS, self._channels, {REQUEST: CLIENT_CAPACITY}) for _ in everybody]
         self._run(*((worker, rehearse, stage, rehearsals) for worker, stage in zip(everybody, stages)))
-        before = [private_bytes(worker.process.pid) for worker in everybody]
+        before = private_bytes(everybody)
         (requests,), replies = link = self._links(OURS)
         jobs = [(worker, connect, OURS, *self._of(client, link)) for client, worker in enumerate(self._clients)]
         self._run((self._server, connect, OURS, *link), *jobs)
         self.talk(OURS, rehearsals * CLIENTS)
         self._run(*((worker, gc.collect) for worker in everybody))
-        server, *clients = [private_bytes(worker.process.pid) - early for worker, early in zip(everybody, before)]
+        if not TELLS_MEMORY:
+            return {}
+        server, *clients = [late - early for late, early in zip(private_bytes(everybody), before)]
         files = requests.file_bytes() + sum(reply.file_bytes() for reply in replies)
         growth = {
             "the client's lane for requests": CLIENT_CAPACITY,
@@ -753,11 +945,14 @@ class Office:
         return growth
 
 
-def private_bytes(pid: int) -> int:
-    """What a process takes without shared memory: its share (PSS) of anonymous pages and of files."""
-    with open(f"/proc/{pid}/smaps_rollup") as file:
-        sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file if line.startswith("Pss")}
-    return sizes["Pss_Anon"] + sizes["Pss_File"] if "Pss_Anon" in sizes else sizes["Pss"]
+def private_bytes(workers: Sequence[Worker]) -> list[int]:
+    """What each takes without shared memory: its share (PSS) of anonymous pages and of files. Empty if not told."""
+    found = []
+    for worker in workers if TELLS_MEMORY else ():
+        with open(f"/proc/{worker.process.pid}/smaps_rollup") as file:
+            sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file if line.startswith("Pss")}
+        found.append(sizes["Pss_Anon"] + sizes["Pss_File"] if "Pss_Anon" in sizes else sizes["Pss"])
+    return found
 
 
 # ---------------------------------------------------------------- results, and how they are told
@@ -792,14 +987,14 @@ class Progress:
     def show(self, case: str, detail: str = "") -> None:
         self.doing = f"{case}: {detail}" if detail else case
         if self._tty:
-            print(f"\r\x1b[K{self.doing[:78]}", end="", file=sys.stderr, flush=True)
+            print(f"\r{ERASE}{self.doing[:78]}", end="", file=sys.stderr, flush=True)
         elif case != self._case:
             print(f"measuring {case}", file=sys.stderr, flush=True)
         self._case = case
 
     def clear(self) -> None:
         if self._tty:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            print(f"\r{ERASE}", end="", file=sys.stderr, flush=True)
 
 
 class Bench:
@@ -989,6 +1184,9 @@ def run_clients(bench: Bench, office: Office) -> None:
     columns = {**figure("replies/s", rate), **further("p50", "p99", "slowest/fastest"), "gain": bench.gain_cell}
     bench.show("clients", case, LABELS, columns)
     show_each_client(bench, case)
+    if not growth:
+        bench.say("memory for each client, shmring: not measured, for the system does not tell it")
+        return
     bench.note("clients", "memory", OURS, "B/client", [growth["beyond the lanes"]], **growth)
     rows = [[f"  {what}", digits(size / 1e3)] for what, size in growth.items()]
     bench.table(["memory for each client, shmring", "KB of 1,000"], rows, "  files: st_blocks; own: growth of the PSS")
@@ -1090,27 +1288,21 @@ def environment() -> dict[str, Any]:
         "shmring": __version__,
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "gil": "on" if getattr(sys, "_is_gil_enabled", lambda: True)() else "off",
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        **system(),
         "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": os_backend.processors(),
         "backend": backend,
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
 
 
-def cpu_model() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown CPU"
-
-
 def describe(env: dict[str, Any]) -> list[str]:
-    """The environment in two lines."""
+    """The environment in two lines, and what is to be known about its figures."""
+    wine = f", under Wine {env['wine']}" if "wine" in env else ""
     return [
-        f"shmring {env['shmring']} ({env['backend']}); {env['python']}, GIL {env['gil']}",
+        f"shmring {env['shmring']} ({env['backend']}); {env['python']}, GIL {env['gil']}{wine}",
         f"{env['system']}; {env['cpu']}, cores: {env['cores']}; {env['date']}",
+        *env.get("remarks", ()),
     ]
 
 
@@ -1132,8 +1324,10 @@ WIDTH, LEFT, RIGHT, BAR = 900, 130, 730, 15  # the picture's width, where bars b
 def as_svg(bench: Bench, env: dict[str, Any]) -> str:
     """One picture of latency and throughput. It brings its own background, so that it can lie on any."""
     body: list[str] = []
+    lines = describe(env)
+    legend = 54 + 17 * len(lines)
     bottom = draw_panel(
-        body, 124, [result for result in bench.results if result.part == "latency"],
+        body, legend + 36, [result for result in bench.results if result.part == "latency"],
         "Latency of one message, one way: median in microseconds (log scale; shorter is better)", "",
     )  # fmt: skip
     bottom = draw_panel(
@@ -1146,12 +1340,13 @@ def as_svg(bench: Bench, env: dict[str, Any]) -> str:
         "<title>shmring beside what the standard library has</title>",
         f'<rect width="{WIDTH}" height="{bottom}" rx="8" fill="#ffffff"/>',
         words(20, 32, "shmring: messages between two Python processes", 'font-size="18" font-weight="bold"'),
-        *(words(20, 54 + 17 * row, line, 'fill="#555555"') for row, line in enumerate(describe(env))),
+        *(words(20, 54 + 17 * row, line, 'fill="#555555"') for row, line in enumerate(lines)),
     ]
     drawn, x = {result.who for result in bench.results}, 20.0
     for color, who in zip(PALETTE, WAYS):
         if who in drawn:
-            head += f'<rect x="{x:.0f}" y="88" width="11" height="11" fill="{color}"/>', words(x + 16, 98, who)
+            head.append(f'<rect x="{x:.0f}" y="{legend}" width="11" height="11" fill="{color}"/>')
+            head.append(words(x + 16, legend + 10, who))
             x += 32 + 6.4 * len(who)
     return "\n".join([*head, *body, "</svg>", ""])
 
@@ -1196,7 +1391,7 @@ def draw_panel(body: list[str], top: int, results: list[Result], title: str, uni
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=f"python -m {__package__}.bench",
-        description="Measure shmring beside multiprocessing.Queue, multiprocessing.Pipe, a Unix socket and os.pipe. "
+        description=f"Measure shmring beside {', '.join(PEERS[:-2])}, a {PEERS[-2]} and {PEERS[-1]}. "
         "Exit code 1: a message was wrong or lost, or a process failed.",
     )
     scale = parser.add_mutually_exclusive_group()

@@ -18,7 +18,9 @@ Only bytecodes of the package count (`Trace`). The processes of a sweep:
 The supervisors are small interpreters of their own: forking is most of the time.
 
 An interrupted victim is the supervisor itself. No wait has a time-out of its own, and no sleep is
-sliced (`_linux.SLICE`), so nothing stands in for the protocol; a trial that hangs is ended by SIGALRM.
+sliced (`SLICE`), so nothing stands in for the protocol; a trial that hangs is ended by SIGALRM.
+
+Windows has no forks and no such signals: there it is `windows_harness.py` that has the victims and the sweep.
 """
 
 from __future__ import annotations
@@ -36,15 +38,17 @@ import select
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections import defaultdict
 from pathlib import Path
 
-from support import DEADLINE, ROOT, descriptors, wait_until
+from support import DEADLINE, ROOT, SIGKILL, WINDOWS, descriptors, wait_until
 
-from shmring import Ring, RingBusy, RingTimeout, _layout, _linux
+from shmring import Ring, RingBusy, RingTimeout, _layout
+from shmring._backend import os_backend
 
-PACKAGE = str(Path(_linux.__file__).parent) + os.sep
+PACKAGE = str(Path(_layout.__file__).parent) + os.sep
 MONITORING = getattr(sys, "monitoring", None)  # from 3.12 on; sys.settrace misses bytecodes there
 TOOL = 4  # of 0 to 5
 ALL_PLACES = bool(os.environ.get("SHMRING_ALL_PLACES"))  # see `Trace`
@@ -55,10 +59,12 @@ MOST_FAILURES = int(os.environ.get("SHMRING_FAILURES") or 4)  # after which a sw
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 PTRACE_TRACEME, PTRACE_SINGLESTEP = 0, 9  # <sys/ptrace.h>
 INSTRUCTIONS = 4000  # stepped at most; some 1,800 lead out of the trace function and to the bytecode's effect
-LIBC = ctypes.CDLL(None, use_errno=True)
-ptrace = LIBC["ptrace"]  # long ptrace(enum request, pid_t, void *addr, void *data)
-ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
-ptrace.restype = ctypes.c_long
+SETTLED = 0.02  # seconds after which an announced sleep counts as one where the system does not tell
+if not WINDOWS:
+    LIBC = ctypes.CDLL(None, use_errno=True)
+    ptrace = LIBC["ptrace"]  # long ptrace(enum request, pid_t, void *addr, void *data)
+    ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+    ptrace.restype = ctypes.c_long
 
 
 # ---------------------------------------------------------------- messages, and who has seen them
@@ -465,8 +471,9 @@ class Stage:
         self.ledger.check(self.may_be_lost)
         a_thousand_pass(writer.ring, reader.ring)
         assert not self.parked(), "somebody who is awake or gone is announced as asleep"
+        segment = self.holder._segment
         self.close()
-        assert not os.path.exists(_linux._path(self.name)), "somebody who is gone still has the ring open"
+        assert not is_there(segment), "somebody who is gone still has the ring open"
 
     def close(self):
         for actor in self._actors:
@@ -475,6 +482,13 @@ class Stage:
             if self.kept:
                 self.holder.unlink()
             self.holder.close()
+
+
+def is_there(segment):
+    """Does anybody have this ring open, by the kernel's word? Those who close it remove its file."""
+    if WINDOWS:
+        return os_backend._exists(segment._of("present"))
+    return os.path.exists(os_backend._path(segment.name))
 
 
 THOUSAND = [[message(tag, number, size) for number in range(500)] for tag, size in (("s", 16), ("l", 60))]
@@ -515,6 +529,9 @@ class Sleeper(threading.Thread):
 
 def is_asleep(pid):
     """Is this process, or thread, in a system call that waits?"""
+    if WINDOWS:
+        time.sleep(SETTLED)  # it has announced it; if it is not there yet, it will not stay long
+        return True
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         stat = Path(f"/proc/{pid}/stat").read_text()
         return stat.rpartition(")")[2].split()[0] == "S"
@@ -648,7 +665,7 @@ def kill_or_stop(case, victims, k, name, place, stop):
     case.ready(stage)
     victims.go()
     line = victims.hear(stage, "stopped", "ended")
-    hit = line == "stopped" if stop else line == f"ended {int(signal.SIGKILL)}"
+    hit = line == "stopped" if stop else line == f"ended {SIGKILL}"
     if stop and hit:
         case.meanwhile(stage)
         os.kill(victims.pid, signal.SIGCONT)
@@ -733,7 +750,7 @@ def main(cases):
     case = cases[name_of_case]
     die_with_parent()
     gc.freeze()
-    _linux.SLICE = None
+    os_backend.SLICE = None
     unraisable, swallowed = [], []
 
     def ignored(what):
@@ -767,7 +784,7 @@ def main(cases):
         except BaseException:
             say(failure=traceback.format_exc(), where=(place or ["after the operation"])[0])
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(_linux._path(name))
+                os.unlink(os_backend._path(name))
             break
         if over and k != NEVER:
             say(over=k)

@@ -7,9 +7,14 @@ A program is text, a step a line, with the labels of the diagram in `_words.py` 
     x = y                 no access          ring [bell]        add 1 and wake who waits, in one call
     if x: name            jump to ``name:``  wait [bell] x      sleep if the bell is x
     goto name, end                           wake [word]        wake who waits, and no more
-    claim role            wait until its holder is dead, and take it
+    set [event]           let one through who waits, else the next one who will
+    x = take [a] [b]      wait for one of these events and reset it, in one call: the first one if both are set;
+                          x says which, 1 or 2, or 0 after an early return. ``reset [event]`` does no more than that
+    claim role            wait until nobody alive has it, and take it; ``release role``
     lock m, unlock m      a monitor that two threads of one handle share
-    note x = y            say something to the checker, or to the handle's other thread
+    note x = y            say something to the checker, or to the handle's other thread within a monitor
+    share x = y           say something to the handle's other thread outside of any, and
+    x = shared y          look at what it has said. The interpreter keeps these in order
     check x               what must be true of a message
     try: ... except:      from each step in between an exception may lead to ``except:``
 
@@ -65,10 +70,17 @@ FORMS = {
     "fence": "fence|order",
     "membarrier": "membarrier",
     "end": "end",
+    "signal": r"set \[(?P<cell>\w+)\]",
+    "reset": r"reset \[(?P<cell>\w+)\]",
+    "take": r"(?:(?P<reg>\w+) = )?take \[(?P<cell>\w+)\](?: \[(?P<second>\w+)\])?",
+    "release": r"release (?P<cell>\w+)",
+    "share": r"share (?P<cell>\w+) = (?P<value>.+)",
+    "look": r"(?P<reg>\w+) = shared (?P<value>.+)",
     "set": r"(?P<reg>\w+) = (?P<value>.+)",
 }
 LOCAL = {"note", "if", "goto", "check", "set"}  # nobody else can tell when these happen, so they take no time
-DRAINED = {"ring", "wake", "wait", "claim", "fence", "membarrier", "end"}  # these wait for an empty window
+# These wait for an empty window.
+DRAINED = {"ring", "wake", "wait", "signal", "reset", "take", "claim", "release", "fence", "membarrier", "end"}
 
 
 class Line(NamedTuple):
@@ -97,6 +109,7 @@ class Step(NamedTuple):
     text: str
     reg: int = -1
     cell: int = -1
+    cells: tuple = ()  # that may end a wait
     index: object = None
     value: object = None
     target: int = -1
@@ -124,10 +137,11 @@ class Program:
             used = set()
             index, value = (self._expression(part.get(what), cells, used) for what in ("index", "value"))
             assert part.get("reg") not in cells, f"{text}: a register cannot have the name of a cell"
-            reg = self.names.setdefault(part["reg"], len(self.names)) if "reg" in part else -1
+            reg = self.names.setdefault(part["reg"], len(self.names)) if part.get("reg") else -1
             target = marks[part["target"]] if "target" in part else -1
-            self.steps.append(Step(kind, text, reg, cells.get(part.get("cell"), -1), index, value, target))
-            uses.append(used | {"wanted"} if kind == "wait" and "wanted" in self.names else used)
+            events = tuple(cells[part[name]] for name in ("cell", "second") if part.get(name))
+            self.steps.append(Step(kind, text, reg, cells.get(part.get("cell"), -1), events, index, value, target))
+            uses.append(used | {"wanted"} if kind in ("wait", "take") and "wanted" in self.names else used)
         self.handler = {pc: marks["except"] for pc in tries}
         self._find_live(uses)
 
@@ -190,7 +204,7 @@ class Model:
         assert not events
         start = {"torn": 0, **(start or {})}
         for text in programs.values():
-            for cell in re.findall(r"\[([a-z_]\w*)|\b(?:note|claim|lock) (\w+)", text):
+            for cell in re.findall(r"\[([a-z_]\w*)|\b(?:note|claim|lock|share) (\w+)", text):
                 start.setdefault(cell[0] or cell[1], 0)
         self.cells, content, self.cell_names = {}, [], []
         for name, values in start.items():
@@ -270,14 +284,37 @@ class Model:
             mem = self._put(mem, step.cell, i + 1)
         elif kind == "unlock":
             mem = self._put(mem, step.cell, -i - 1)
+        elif kind == "share":
+            mem = self._put(mem, step.cell, step.value(regs, mem))
+        elif kind == "look":
+            regs = self._with(regs, step.reg, step.value(regs, mem))
         elif window:
             return
         elif kind == "end":
             yield self._with(procs, i, (pc, ENDED, 0, regs, ())), mem
             return
         elif kind == "wait" and mem[step.cell] == step.value(regs, mem):
-            yield self._with(procs, i, (pc, ASLEEP, step.cell, regs, ())), mem
+            yield self._with(procs, i, (pc, ASLEEP, step.cells, regs, ())), mem
             return
+        elif kind == "take":
+            which = next((n for n, cell in enumerate(step.cells, 1) if mem[cell]), 0)
+            if not which:
+                yield self._with(procs, i, (pc, ASLEEP, step.cells, regs, ())), mem
+                return
+            after, mem = self._wake(i, procs[i], self._put(mem, step.cells[which - 1], 0), which)
+            yield self._with(procs, i, after), mem
+            return
+        elif kind == "signal":
+            waiting = [j for j, other in enumerate(procs) if other[1] == ASLEEP and step.cell in other[2]]
+            for j in waiting:  # any one of them
+                woken, mem2 = self._wake(j, procs[j], mem, 1 + procs[j][2].index(step.cell))
+                after, mem2 = self._go_on(i, pc + 1, regs, mem2)
+                yield self._with(self._with(procs, j, woken), i, after), mem2
+            if waiting:
+                return
+            mem = self._put(mem, step.cell, 1)
+        elif kind in ("reset", "release"):
+            mem = self._put(mem, step.cell, 0)
         elif kind == "claim":
             holder = mem[step.cell]
             if holder and (procs[holder - 1][1] != HALTED or procs[holder - 1][4]):
@@ -296,11 +333,17 @@ class Model:
             if kind == "ring":
                 mem = self._put(mem, step.cell, mem[step.cell] + 1)
             for j, other in enumerate(procs):
-                if other[1] == ASLEEP and other[2] == step.cell:
-                    woken, mem = self._go_on(j, other[0] + 1, other[3], mem)
+                if other[1] == ASLEEP and step.cell in other[2]:
+                    woken, mem = self._wake(j, other, mem)
                     procs = self._with(procs, j, woken)
         after, mem = self._go_on(i, pc + 1, regs, mem, window)
         yield self._with(procs, i, after), mem
+
+    def _wake(self, i, proc, mem, which=0):
+        """What becomes of a process that sleeps, or is about to, and of the memory; `which` of its events woke it."""
+        pc, _, _, regs, _ = proc
+        reg = self.programs[i].steps[pc].reg
+        return self._go_on(i, pc + 1, self._with(regs, reg, which) if reg >= 0 else regs, mem)
 
     @staticmethod
     def _with(items, i, item):
@@ -336,7 +379,7 @@ class Model:
                 continue
             program = self.programs[i]
             if early and status == ASLEEP:
-                after, mem2 = self._go_on(i, pc + 1, regs, mem)
+                after, mem2 = self._wake(i, procs[i], mem)
                 yield (i, "    returns early"), self._with(procs, i, after), mem2, (halts, early - 1, raises)
             if halts and self.names[i] in self.mortal and program.steps[pc].kind not in ("claim", "end"):
                 halted = (0, HALTED, 0, (), window)

@@ -14,10 +14,13 @@ import ctypes
 import errno
 import fcntl
 import gc
+import mmap
 import os
 import re
 import resource
 import signal
+import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -568,6 +571,28 @@ def test_two_threads_that_fork_at_once_make_children_with_a_handle_each(name, ch
 # ---------------------------------------------------------------- descriptors
 
 
+def test_no_descriptor_survives_exec(segment):
+    other = _linux.Segment.open(segment.name, False)
+    assert other.claim(LANE)
+    witness, end = os.pipe()
+    os.set_inheritable(witness, True)
+    code = """if True:
+        import os
+        for number in os.listdir("/proc/self/fd"):
+            try:
+                print(number, os.readlink(f"/proc/self/fd/{number}"))
+            except OSError:
+                pass  # what listdir itself had open
+    """
+    listing = subprocess.run(
+        [sys.executable, "-c", code], close_fds=False, stdout=subprocess.PIPE, text=True, timeout=DEADLINE, check=True
+    ).stdout
+    assert f"{witness} pipe:" in listing, "an inheritable one does survive"
+    assert "/dev/shm" not in listing
+    os.close(witness), os.close(end)
+    other.close()
+
+
 def test_closerange_over_a_live_handle_gives_a_clear_error_and_spares_the_descriptors_of_others(name, children):
     def child():
         ring = Ring.create(name)
@@ -692,6 +717,16 @@ def test_without_descriptors_a_forked_child_gets_clear_errors_and_its_parent_wor
 
 
 # ---------------------------------------------------------------- memory
+
+
+def test_reserve_takes_memory_for_good_and_changes_no_byte(segment):
+    start, capacity = segment.layout.lane_bytes(0), segment.layout.capacity
+    segment.map[start] = 9
+    blocks = os.stat(path_of(segment.name)).st_blocks
+    for _ in range(2):
+        segment.reserve(start, capacity)
+        assert os.stat(path_of(segment.name)).st_blocks == blocks + (capacity - mmap.PAGESIZE) // 512
+    assert segment.map[start : start + capacity] == b"\x09" + bytes(capacity - 1)
 
 
 SMALL = """
@@ -870,6 +905,85 @@ def test_a_missing_directory_is_a_clear_error(children):
 
 
 # ---------------------------------------------------------------- sleeping and waking
+
+
+@pytest.fixture
+def segment(name):
+    segment = _linux.Segment.create(name, _layout.new_layout(1 << 20, 2, "one", False), 0o600, False)
+    yield segment
+    segment.close()
+
+
+def bell_of(segment):
+    return segment.layout.readers_offset + _layout.READER_BELL
+
+
+def value(segment):
+    """What a bell is: a futex."""
+    return segment._bells[bell_of(segment) >> 2]
+
+
+def sleep_while(segment, seen):
+    """Sleep as long as the bell has this value."""
+    while value(segment) == seen:
+        segment.wait(bell_of(segment), seen, None)
+
+
+def in_threads(function, *args, number=1):
+    threads = [threading.Thread(target=function, args=args, daemon=True) for _ in range(number)]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def end(threads):
+    for thread in threads:
+        thread.join(DEADLINE)
+    return not any([thread.is_alive() for thread in threads])
+
+
+@pytest.mark.parametrize("seen", [0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF])
+def test_wait_sleeps_and_wakes_at_every_value_of_the_bell(segment, endless, seen):
+    segment._bells[bell_of(segment) >> 2] = seen
+    assert segment.note(bell_of(segment)) == seen
+    threads = in_threads(sleep_while, segment, seen)
+    threads[0].join(0.02)
+    assert threads[0].is_alive()
+    segment.ring(bell_of(segment))
+    assert end(threads)
+    assert value(segment) == (seen + 1) & 0xFFFFFFFF
+
+
+def test_one_ring_wakes_everybody_who_sleeps_on_the_bell_whatever_the_handle(segment, children, endless):
+    other = _linux.Segment.open(segment.name, False)
+    threads = [*in_threads(sleep_while, segment, 0, number=2), *in_threads(sleep_while, other, 0, number=2)]
+    forked = [children.fork(sleep_while, segment, 0) for _ in range(3)]
+    threads[0].join(0.1)
+    segment.ring(bell_of(segment))
+    assert end(threads)
+    assert [children.join(pid) for pid in forked] == [0, 0, 0]
+    other.close()
+
+
+def test_rings_are_counted_and_change_nothing_else(segment):
+    before = bytes(segment.map)
+    for _ in range(1000):
+        segment.ring(bell_of(segment))
+    assert value(segment) == 1000
+    segment._bells[bell_of(segment) >> 2] = 0
+    assert bytes(segment.map) == before
+
+
+def test_rings_of_many_processes_are_all_remembered(segment, children):
+    other = _linux.Segment.open(segment.name, False)
+
+    def ring(handle):
+        for _ in range(20_000):
+            handle.ring(bell_of(handle))
+
+    assert [children.join(pid) for pid in [children.fork(ring, handle) for handle in (segment, other)]] == [0, 0]
+    assert value(segment) == 40_000
+    other.close()
 
 
 def without_membarrier(monkeypatch, *which):

@@ -3,7 +3,8 @@
 The programs below have a step for each access to a shared word on a message's way, in the code's order and
 under the code's labels, which is checked against the source. `model.py` explains how they run, and what "lost"
 means. Left out are the counters of messages and parks, and the framing: a position is a number of
-messages, a record a word. The run of a failed test shows the shortest way to the loss; so does ``-s`` for
+messages, a record a word. A bell is a futex in them; where it is an event (Windows), `with_events` says what a
+program does instead. The run of a failed test shows the shortest way to the loss; so does ``-s`` for
 the losses that are meant to be found.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -21,6 +23,7 @@ if WINDOWS:
     pytest.skip("runs no code of the platform; the same source is checked on Linux", allow_module_level=True)
 
 SOURCE = (ROOT / "shmring" / "_words.py").read_text()
+EVENTS_SOURCE = (ROOT / "shmring" / "_windows.py").read_text()
 
 # ---------------------------------------------------------------- the programs
 
@@ -226,6 +229,44 @@ READING_THREAD = """
             {park}
 """
 
+# Where a bell is an event, it lets one thread through. What such a thread waits for and tells the handle's other one.
+WAIT_FOR_TWO = """
+            share asleep{thread} = 1
+            heard_last = shared heard
+            which = 0
+            if heard_last != noted: back
+    S5      which = take [alarm{thread}] [{bell}]
+    back:
+            share asleep{thread} = 0
+            if which != 2: awake
+            {tell}
+"""
+TELL = """
+            share heard = heard + 1
+            there = shared asleep{other}
+            if there == 0: {told}
+            set [alarm{other}]
+"""
+# Closing a handle of which a thread reads; it waits for that thread, to see that there is an end to it.
+CLOSER = """
+            lock side
+            note side_closed = 1
+            unlock side
+            lock parking
+            note needs0 = 0
+            note its_epoch = its_epoch + its_epoch % 2
+    S6      [reader_parked] = its_epoch
+            unlock parking
+            lock parking
+            note parking_closed = 1
+            unlock parking
+            {tell}
+    told:
+            release reader
+            lock thread
+            end
+"""
+
 
 def fill(program, **parts):
     for name, part in parts.items():
@@ -278,6 +319,22 @@ def reading_thread(thread):
     return fill(READING_THREAD, park=park, thread=thread, other=1 - thread)
 
 
+def closable(program):
+    """A thread that reads on and on until another one closes the handle; it has the lock `thread` until its end."""
+    program = re.sub(r"^ +end$", "goto next", program, flags=re.M)
+    program = re.sub(r"^ +lock (\w+)$", r"lock \1\nif \1_closed: out_of_\1", program, flags=re.M)
+    return program + """
+    out_of_parking:
+            unlock parking
+            goto gone
+    out_of_side:
+            unlock side
+    gone:
+            unlock thread
+            end
+    """
+
+
 class Scenario(NamedTuple):
     """Who does what, on which memory at first, and what may happen to them."""
 
@@ -296,6 +353,24 @@ def scenario(programs, lanes=1, capacity=1, start=None, **events):
     return Scenario(programs, {**cells, **(start or {})}, events)
 
 
+def with_events(program):
+    """The same program where bells are events. `noted` is the handle's own then, and for its threads only."""
+    program = program.replace("membarrier", "fence").replace("ring [", "set [")
+    thread = re.search(r"note needs(\d) = 0", program)
+    if "alarm" in program:
+        return program  # it has them
+    if not thread:
+        program = re.sub(r".*S1 .*= \[\w+\]\n", "", program)
+        return re.sub(r"wait (\[\w+\]) noted", r"take \1", program)
+    program = re.sub(r"(S1 .*=) \[\w+\]", r"\1 shared heard", program)
+    thread, tell = int(thread[1]), fill(TELL, told="awake")
+    return re.sub(
+        r" *S5 .*wait \[(\w+)\] noted\n",
+        lambda match: fill(WAIT_FOR_TWO, tell=tell, bell=match[1], thread=thread, other=1 - thread),
+        program,
+    )
+
+
 ONE = {"writer0": writer(), "reader": reader()}
 BOTH = {"writer0": writer(2), "reader": reader()}
 TWO_WRITERS = {"writer0": writer(), "writer1": writer(lane=1), "reader": reader(lanes=2, known=2)}
@@ -308,6 +383,13 @@ FULL_OF_TWO = {"record0": [1, 2], "write_pos0": 2, "acked0": 2, "its_pos": 2}
 NEXT_WRITER = {"writer0": writer(), "writer0 b": writer(claims=True), "reader": reader()}
 READING = {"writer0": writer(2, capacity=2), "reader a": reading_thread(0), "reader b": reading_thread(1)}
 WRITING = {"writer0 a": writing_thread(0, 2), "writer0 b": writing_thread(1, 1), "reader": reader(1, capacity=2)}
+
+CLOSING = {
+    "reader a": closable(reading_thread(0)),
+    "closer": fill(CLOSER, tell=fill(TELL, told="told"), other=0),
+    "writer0": writer(capacity=2),
+    "reader b": reader(1, capacity=2, claims=True),
+}
 
 SCENARIOS = {
     "both sides sleep": scenario(BOTH, early=1),
@@ -342,12 +424,19 @@ LONG = {
     "two threads read, and are woken for nothing": scenario(READING, capacity=2, early=1),
 }
 SCENARIOS.update(LONG)
+CLOSES = "a handle is closed while a thread of it reads"
+EVENTS_ONLY = {
+    CLOSES: scenario(CLOSING, capacity=2, start={"reader": 1, "thread": 1}),
+}
+SCENARIOS.update(EVENTS_ONLY)
 
 
 # ---------------------------------------------------------------- nothing is lost
 
 FENCES = "each fences for itself", lambda program: program.replace("membarrier", "fence")
 MEMBARRIER = "sleepers fence for all", lambda program: re.sub(r"(W4|R4|C1) +fence", "", program)
+EVENTS = "bells are events", with_events
+MODES = FENCES, MEMBARRIER, EVENTS
 SLOW = {  # on "free" memory; on "tso", and most of it without the event, it is always tried
     FENCES: {
         "two writers, and one dies", "a writer comes after a dead one that slept",
@@ -356,6 +445,11 @@ SLOW = {  # on "free" memory; on "tso", and most of it without the event, it is 
     MEMBARRIER: {
         "both sides sleep", "two writers", "two writers, and one dies", "a writer comes after a dead one that slept",
         "a reader comes after a dead one", "an exception in a writer", "two threads read", "two threads write",
+    },
+    EVENTS: {
+        "two writers", "two writers, and one dies", "a writer comes after a dead one",
+        "a writer comes after a dead one that slept", "a reader comes after a dead one", "an exception in a writer",
+        "two threads read", "two threads write", "a long message", CLOSES,
     },
 }  # fmt: skip
 
@@ -384,7 +478,7 @@ def explore(name, memory, mode, edit=None):
         case(name, memory, mode, stress=name in LONG or memory == "free" and name in SLOW[mode])
         for name in SCENARIOS
         for memory in ("tso", "free")
-        for mode in (FENCES, MEMBARRIER)
+        for mode in ([EVENTS] if name in EVENTS_ONLY else MODES)
     ],
 )
 def test_nothing_is_lost(name, memory, mode):
@@ -463,25 +557,45 @@ EPOCHS_GO_ON = "epoch = [reader_parked]\n            if epoch % 2 == 0: begin\n 
 ALL_HAVE_LEFT = re.compile(r"if needs\d: left")
 
 
+def of_events(pattern, replacement, who=""):
+    """Edit what `with_events` makes of the programs."""
+
+    def edit(name, program):
+        return re.sub(pattern, replacement, with_events(program)) if name.startswith(who) else program
+
+    return edit
+
+
+RESET = "reset [reader_bell]\n"
+NO_NEW_LANE = change("S4      new = [lane_used", "S4      new = [none", "reader")
+REGISTER = r"( *share asleep\d = 1\n)((?:.*\n){2} *if heard_last.*\n)"
+NEW_TOKEN = r"( *share heard .*\n)"
+BELL_FIRST = r"take (\[alarm\d\]) (\[\w+\])((?:.*\n)*?.*which != )2", r"take \2 \1\g<3>1"
+ROLE_FIRST = r"( *share heard(?:.*\n)*)( *release reader\n)", r"\2\1"
+S1_LATE = r"( *S1 .*\n)((?:.*\n)*? *S2 .*\n)"
+
+
 class Loss(NamedTuple):
     """A change of the protocol with which something is lost: in a scenario, on this memory, with these fences.
 
     What is lost on "tso" is lost on "free", unless an `order` there does what was left out; that is left to the
-    stress test where no `order` is concerned.
+    stress test where no `order` is concerned. So is what is lost with any kind of bells, where they are events.
     """
 
     change: str
     edit: object
     scenario: str
     memory: str = "tso"
-    modes: tuple = (FENCES, MEMBARRIER)
+    modes: tuple = MODES
     also_on_free: bool = True
 
 
+FUTEXES = FENCES, MEMBARRIER
 NOBODY_REACHED = "membarrier reaches nobody"
+EventLoss = partial(Loss, modes=(EVENTS,))
 LOSSES = [
-    Loss("clear, then wake", flags(CLEAR, WAKE), "two writers, and one dies"),
-    Loss("wake, then clear", flags(WAKE, CLEAR), "two writers"),
+    Loss("clear, then wake", flags(CLEAR, WAKE), "two writers, and one dies", modes=FUTEXES),
+    Loss("wake, then clear", flags(WAKE, CLEAR), "two writers", modes=FUTEXES),
     Loss("W5 is a plain wake", change("ring [reader_bell]", "wake [reader_bell]", "writer"), "both sides sleep"),
     Loss("R5 is a plain wake", change("ring [writer_bell0]", "wake [writer_bell0]", "reader"), "two threads write"),
     # Each fence.
@@ -495,8 +609,8 @@ LOSSES = [
     Loss("no order W2<W3", cut("W2<W3"), "both sides sleep", "free"),
     Loss("no order R1<R2", cut("R1<R2"), "both sides sleep", "free"),
     Loss("no order R2<R3", cut("R2<R3"), "both sides sleep", "free"),
-    Loss("no order before S2 of the reader", cut("S1<S2", "reader"), "both sides sleep", "free"),
-    Loss("no order before S2 of the writer", cut("S1<S2", "writer"), "a long message", "free"),
+    Loss("no order before S2 of the reader", cut("S1<S2", "reader"), "both sides sleep", "free", modes=FUTEXES),
+    Loss("no order before S2 of the writer", cut("S1<S2", "writer"), "a long message", "free", modes=FUTEXES),
     # Each other step, and its place.
     Loss("no C1 of the writer", cut("C1", "writer"), "a writer comes after a dead one"),
     Loss("no C1 of the reader", cut("C1", "reader"), "a reader comes after a dead one"),
@@ -513,23 +627,37 @@ LOSSES = [
     Loss("no S2 of the writer", cut("S2", "writer"), "both sides sleep"),
     Loss("no S4 of the reader", cut("S4", "reader"), "both sides sleep"),
     Loss("no S4 of the writer", cut("S4", "writer"), "both sides sleep"),
-    Loss("no look for a new lane in S4", change("S4      new = [lane_used", "S4      new = [none", "r"), "a new lane"),
+    Loss("no look for a new lane in S4", NO_NEW_LANE, "a new lane", modes=FUTEXES),
     Loss("a lane counts as used only after W5", move(r"\[lane_used1\]", "written:", "writer"), "a new lane"),
-    Loss("S1 after S2", move("S1", "S3", "reader"), "both sides sleep"),
-    Loss("S1 after S4", move("S1", "S5", "reader"), "both sides sleep"),
+    Loss("S1 after S2", move("S1", "S3", "reader"), "both sides sleep", modes=FUTEXES),
+    Loss("S1 after S4", move("S1", "S5", "reader"), "both sides sleep", modes=FUTEXES),
     Loss("W5 before W3", move("W3", "written:", "writer"), "both sides sleep"),
     Loss("R5 before R3", move("R3", "freed0:", "reader"), "both sides sleep"),
     Loss("the epoch counts as rung although the room does not suffice", ROOM_OR_NOT, "a long message"),
     Loss("a claimant's epochs do not go on", change(EPOCHS_GO_ON, "epoch = 0\n", "reader b"), "two readers in turn"),
     Loss("S6 by the first that leaves", lambda name, text: ALL_HAVE_LEFT.sub("", text), "two threads write"),
     Loss("a thread asks for its own room, not the least", change("= least", "= wanted", "w"), "two threads write"),
+    # Where bells are events.
+    EventLoss("who hears it tells nobody", of_events("if which != 2: awake", "goto awake"), "two threads read"),
+    EventLoss("the bell alone is waited for", of_events(r"which = take \[\w+\]", "take"), "two threads write"),
+    EventLoss("no alarms", of_events(r"set \[alarm\d\]", ""), "two threads read"),
+    EventLoss("no new token", of_events(NEW_TOKEN, ""), "two threads read"),
+    EventLoss("a thread registers too late", of_events(REGISTER, r"\2\1"), "two threads read"),
+    EventLoss("a new token too late", of_events(NEW_TOKEN + r"(.*\n)", r"\2\1"), "two threads read"),
+    EventLoss("the token is noted after S2", of_events(S1_LATE, r"\2\1"), "two threads read"),
+    EventLoss("the bell is reset after S2", of_events("(S2 .*\n)", r"\1" + RESET, "reader"), "both sides sleep"),
+    EventLoss("the bell is reset, or made, for S5", of_events("( *S5 )", RESET + r"\1", "reader"), "both sides sleep"),
+    EventLoss("the bell before the alarm", of_events(*BELL_FIRST), CLOSES),
+    EventLoss("closing makes no new token", of_events(NEW_TOKEN, "", "closer"), CLOSES),
+    EventLoss("closing sets no alarms", of_events(r"set \[alarm\d\]", "", "closer"), CLOSES),
+    EventLoss("the role is free before the threads know", of_events(*ROLE_FIRST, "closer"), CLOSES),
 ]
 
 
 @pytest.mark.parametrize(
     ("loss", "memory", "mode"),
     [
-        case(loss, memory, mode, stress=memory != loss.memory)
+        case(loss, memory, mode, stress=memory != loss.memory or mode is EVENTS and loss.modes is MODES)
         for loss in LOSSES
         for memory in sorted({loss.memory, "free" if loss.also_on_free else loss.memory})
         for mode in loss.modes
@@ -543,6 +671,10 @@ def test_the_checker_finds_what_is_lost(loss, memory, mode):
 # What the checker says is not needed. It stays: it costs little, and its absence would take explaining.
 SPARE = [
     Loss("no order epoch<wanted", cut("epoch<wanted"), "two threads write", "free"),
+    # Events are remembered when nobody sleeps, also the one of C1, and what is noted is no word in the memory.
+    EventLoss("no look for a new lane in S4", NO_NEW_LANE, "a new lane"),
+    EventLoss("no order before S2 of the reader", cut("S1<S2", "reader"), "both sides sleep", "free"),
+    EventLoss("no order before S2 of the writer", cut("S1<S2", "writer"), "a long message", "free"),
     Loss("no order epoch<wanted, one thread", cut("epoch<wanted"), "a long message", "free"),
     Loss("wanted after the order", move(r"\[writer_wanted0\]", "note its_epoch", "w"), "a long message", "free"),
     Loss("rung before the ring", change(RING_AND_REMEMBER, REMEMBER_AND_RING, "writer"), "an exception in a writer"),
@@ -707,6 +839,43 @@ def test_the_programs_have_the_labels_in_the_codes_order(program, way):
     """The methods' labels, put together along the calls, are a program."""
     labels = [label for label, _ in steps(program) if label]
     assert [label for i, label in enumerate(labels) if label not in labels[i - 1 : i]] == way.split()
+
+
+# What `WAIT_FOR_TWO` and `TELL` say, in the methods of the backend whose bells are events.
+EVENT_STEPS = {
+    "Segment.wait": [
+        "asleep[number] = alarm",
+        "if self._heard.get(bell) is noted",
+        "both = _Two(number, self._bell(bell).value)",  # the alarm first
+        "_wait_for_one(2, both, False, ",
+        "asleep.pop(number, None)",
+        "if heard",
+        "self.wake(bell)",
+    ],
+    "Segment.wake": [
+        "self._heard[bell] = object()",
+        "in list(self._asleep.get(bell, {}).values())",
+        "_set_event(alarm)",
+    ],
+}
+EVENT_CALLS = {  # what the other programs' steps come to
+    "Segment.note": "self._bell(bell)",  # made before S2: what is rung from then on is remembered
+    "Segment.ring": "_set_event(self._bell(bell))",
+    "Segment.sleeper_fence": "make_fence(TSO)()",
+    "Segment.waker_fence": "make_fence(TSO)",
+}
+
+
+def test_the_events_code_has_the_steps_of_the_programs():
+    """They stand there once each in this order, but for what is done again after an exception."""
+    found = methods(EVENTS_SOURCE)
+    for name, steps in EVENT_STEPS.items():
+        text = ast.unparse(found[name]).split("except BaseException")[0]
+        places = [text.find(step) for step in steps]
+        assert -1 not in places and places == sorted(places), name
+        assert [text.count(step) for step in steps] == [1] * len(steps), name
+    for name, call in EVENT_CALLS.items():
+        assert call in ast.unparse(found[name]), name
 
 
 PLANTED = [

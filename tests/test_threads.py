@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import _thread
 import signal
 import threading
 
 import pytest
 from conftest import DEADLINE, wait_until
 
-from shmring import Ring, RingClosed, RingTimeout, _linux, _words
+from shmring import Ring, RingClosed, RingTimeout, _words
+from shmring._backend import os_backend
 
 
 @pytest.fixture(autouse=True)
-def no_periodic_look(monkeypatch):
+def no_periodic_look(endless):
     """The protocol alone has to wake who sleeps."""
-    monkeypatch.setattr(_linux, "SLICE", None)
 
 
 @pytest.fixture(params=[0.0, None], ids=["no spin", "spin"])
@@ -279,7 +280,7 @@ def test_handles_that_are_closed_under_running_threads_end_them(name):
 @pytest.mark.parametrize("block", ["read", "read_many", "loop", "write"])
 @pytest.mark.parametrize("others", [0, 3])
 def test_ctrl_c_ends_a_wait_also_with_other_threads_about(name, block, others, monkeypatch):
-    monkeypatch.setattr(_linux, "SLICE", 0.2)  # a signal just before the system call is noticed only then
+    monkeypatch.setattr(os_backend, "SLICE", 0.2)  # a signal just before the system call is noticed only then
     with Ring.create(name, 4096, spin=0) as ring:
         calls = {
             "read": lambda: ring.read(timeout=DEADLINE),
@@ -296,7 +297,10 @@ def test_ctrl_c_ends_a_wait_also_with_other_threads_about(name, block, others, m
                 wait_until(lambda: ring.stats().writer_parks > others, "parking")
             else:
                 wait_until(lambda: ring.stats().reader_parks > others, "parking")
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            if hasattr(signal, "pthread_kill"):
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            else:
+                _thread.interrupt_main()  # what Ctrl-C does, and no more: it ends no system call
 
         interrupting = Thread(interrupt)
         with pytest.raises(KeyboardInterrupt):

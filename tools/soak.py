@@ -6,7 +6,8 @@ received and lost. What a killed reader had taken, but not yet noted, is counted
 shmring does not promise. It can be no more than its last call asked for, and that is noted as well.
 
 There are as many lanes as writers, so each new writer needs the one of the writer whose place it takes. No
-wait has a time-out, and none is cut into slices (`_linux.SLICE`): a lost wake-up would last for ever, and show.
+wait has a time-out, and none is cut into slices (`SLICE`): a lost wake-up would last for ever, and show.
+Windows has no way to stop a process, so there none is.
 
 ``python3 tools/soak.py --minutes 20``; the exit code is 0 if nothing was lost, doubled, torn or stuck.
 """
@@ -14,6 +15,7 @@ wait has a time-out, and none is cut into slices (`_linux.SLICE`): a lost wake-u
 from __future__ import annotations
 
 import argparse
+import contextlib
 import mmap
 import os
 import random
@@ -27,8 +29,13 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from shmring import Ring, RingBusy, RingTimeout, _linux
+from shmring import Ring, RingBusy, RingTimeout
+from shmring._backend import os_backend
 
+if sys.platform == "win32":  # which stops no process
+    STOP = CONTINUE = None
+else:
+    STOP, CONTINUE = signal.SIGSTOP, signal.SIGCONT
 CALL = 20  # messages that one call writes or reads at most
 WRITERS, READERS = 4, 2  # processes at a time; the second reader waits for the role
 CAPACITY, LARGEST = 1 << 16, 9000
@@ -44,10 +51,16 @@ class Ledger:
     """A file of 8-byte words that outlives whoever writes them; each word has one writer at a time."""
 
     def __init__(self, path: str, processes: int = 0) -> None:
-        with open(path, "r+b") as file:
+        with open(path, "w+b" if processes else "r+b") as file:
             if processes:
                 file.truncate(8 * (FIRST + EACH * processes))
-            self.words = memoryview(mmap.mmap(file.fileno(), 0)).cast("Q")
+            self._map = mmap.mmap(file.fileno(), 0)
+        self.words = memoryview(self._map).cast("Q")
+
+    def close(self) -> None:
+        """Let go of the file, which only then can be removed on Windows."""
+        self.words.release()
+        self._map.close()
 
     def of(self, process: int, what: int) -> int:
         """The word of a process that has this, by its index in `words`."""
@@ -182,9 +195,9 @@ class Crowd:
                 self.alive.remove(worker)
                 if worker.process.returncode:
                     failures.append(f"{worker.role} {worker.number} ended with {worker.process.returncode}")
-            elif worker.stopped_until and now > worker.stopped_until:
+            elif CONTINUE and worker.stopped_until and now > worker.stopped_until:
                 worker.stopped_until = 0
-                worker.process.send_signal(signal.SIGCONT)
+                worker.process.send_signal(CONTINUE)
         failures += self.stuck(now)
         for role, number in (("writer", WRITERS), ("reader", READERS)):
             for _ in range(number - sum(worker.role == role for worker in self.alive)):
@@ -193,8 +206,8 @@ class Crowd:
         chance = self.dice.random()
         if chance < 0.15:
             self.kill(worker)
-        elif chance < 0.25 and not worker.stopped_until:
-            worker.process.send_signal(signal.SIGSTOP)
+        elif STOP and chance < 0.25 and not worker.stopped_until:
+            worker.process.send_signal(STOP)
             worker.stopped_until = now + self.dice.uniform(0, 1)
             self.counts["stopped and continued"] += 1
         return failures
@@ -219,10 +232,12 @@ def soak(minutes: float, seed: int) -> int:
     name = f"soak-{os.getpid()}"
     end = time.monotonic() + minutes * 60
     failures: list[str] = []
-    with tempfile.NamedTemporaryFile() as file, Ring.create(name, CAPACITY, writers=WRITERS) as ring:
-        ledger = Ledger(file.name, processes=2 * int(minutes * 60 / REST) + 100)
+    with contextlib.ExitStack() as stack:
+        path = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), "ledger")
+        ring = stack.enter_context(Ring.create(name, CAPACITY, writers=WRITERS))
+        ledger = stack.enter_context(contextlib.closing(Ledger(path, processes=2 * int(minutes * 60 / REST) + 100)))
         words = ledger.words
-        crowd = Crowd(name, ledger, file.name, seed)
+        crowd = Crowd(name, ledger, path, seed)
         try:
             while time.monotonic() < end and not failures:
                 failures += crowd.step()
@@ -251,7 +266,7 @@ def soak(minutes: float, seed: int) -> int:
         print(f"| {what} | {value if isinstance(value, str) else format(value, ',')} |")
     for failure in failures:
         print(failure)
-    return int(bool(failures or lost or words[DOUBLED] or words[TORN]))
+    return int(bool(failures or lost or rows["received twice"] or rows["torn or foreign"]))
 
 
 def main() -> int:
@@ -264,7 +279,7 @@ def main() -> int:
     if not arguments.role:
         return soak(arguments.minutes, arguments.seed)
     role, name, path, number, seed = arguments.role
-    _linux.SLICE = None
+    os_backend.SLICE = None
     live = write_for_a_while if role == "writer" else read_for_a_while
     live(name, Ledger(path), int(number), int(seed))
     return 0
