@@ -552,8 +552,11 @@ class Segment:
     def _close_descriptor(self, fd: int) -> None:
         """Close a descriptor if it is ours."""
         if self._own(fd):
-            _owners.pop(fd, None)  # before another thread gets the number
+            entry = _owners.get(fd)
             os.close(fd)
+            # Not before: if an exception comes in between, `_let_go_of_all` finds it there.
+            if _owners.get(fd) is entry:  # else another thread has the number by now
+                _owners.pop(fd, None)
 
     def _let_go(self, role: int) -> None:
         """Give up what was opened for a role or a bell: what shows it first, then the lock."""
@@ -569,9 +572,11 @@ class Segment:
     def _let_go_of_all(self) -> None:
         for role in list(self._held):
             self._let_go(role)
-        for fd, (owner, _) in list(_owners.items()):
-            if owner == id(self) and not any(fd in noted for noted in list(self._children.values())):
-                self._close_descriptor(fd)  # an exception came before it was closed
+        for fd, entry in list(_owners.items()):
+            if entry[0] == id(self) and not any(fd in noted for noted in list(self._children.values())):
+                self._close_descriptor(fd)  # an exception came before it was closed, or right after
+                if _owners.get(fd) is entry:
+                    _owners.pop(fd, None)
 
     def _presence(self) -> int:
         """The descriptor that carries our presence, -1 if there is none (any more)."""

@@ -101,6 +101,8 @@ class Library:
         self._kind = kind
 
     def __getitem__(self, name):
+        if name == "open":
+            return _real[self._kind][name]  # ctypes' own: a signal handler's exception cannot come in the middle of it
         return Function(name, FUNCTIONS[name](self._kind))  # a new one each time, as ctypes makes them
 
 
