@@ -387,3 +387,30 @@ def test_memory_that_is_mapped_survives_its_name(create):
     segment.unlink()
     segment.words[-1] = 7
     assert segment.words[-1] == 7 and isinstance(segment.map, mmap.mmap)
+
+
+def test_a_claim_ends_with_its_process_although_a_forked_child_of_that_lives_on(create, name, children):
+    """The child closed its copy of the descriptor, or the lock would live as long."""
+    segment = create()
+    told, tell = os.pipe()
+    ready, say = os.pipe()
+
+    def parent():
+        os.close(tell)
+        mine = darwin.Segment.open(name, False)
+        assert mine.claim(LANE)
+        if os.fork() == 0:
+            os.write(say, b"x")
+            os.read(told, 1)
+            os._exit(0)
+        os.read(told, 1)
+
+    pid = children.fork(parent)
+    os.close(say)
+    assert os.read(ready, 1) == b"x"
+    assert not segment.claim(LANE)
+    os.kill(pid, signal.SIGKILL)
+    assert children.join(pid) == -signal.SIGKILL
+    assert segment.claim(LANE) and not segment.is_claimed(LANE)
+    for end in (tell, told, ready):
+        os.close(end)
