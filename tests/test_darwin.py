@@ -414,3 +414,6 @@ def test_a_claim_ends_with_its_process_although_a_forked_child_of_that_lives_on(
     assert segment.claim(LANE) and not segment.is_claimed(LANE)
     for end in (tell, told, ready):
         os.close(end)
+    segment.close()
+    wait_until(lambda: not darwin._has_reader(f"{segment._home}/present"), "the end of the child")
+    create().close()  # clears away what it left
