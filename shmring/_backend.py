@@ -23,6 +23,8 @@ from ._layout import Layout
 
 if sys.platform == "linux":
     from . import _linux as os_backend
+elif sys.platform == "darwin":
+    from . import _darwin as os_backend
 elif sys.platform == "win32":
     from . import _windows as os_backend
 else:

@@ -13,7 +13,6 @@ import sys
 if sys.platform != "linux":
     raise ImportError(f"this is the Linux backend of shmring, not one for {sys.platform}")
 
-import contextlib
 import errno
 import fcntl
 import math
@@ -33,6 +32,11 @@ from typing import Final
 from . import _layout
 from ._errors import RingBusy, naming
 from ._layout import Layout
+from ._posix import follow_forks as follow_forks  # part of what a backend offers
+from ._posix import forking as _forking  # noqa: F401 - what tests count, beside the other two
+from ._posix import is_of, note_open
+from ._posix import living_segments as _segments
+from ._posix import owners as _owners
 from ._words import Fence, make_fence
 
 MACHINE: Final = os.uname().machine
@@ -173,25 +177,10 @@ def _leads_to(path: str, fd: int) -> bool:
     return os.path.samestat(named, os.fstat(fd))
 
 
-def _is_of(fd: int, identity: tuple[int, int] | None) -> bool:
-    """Is this descriptor open, and of the file with this device and inode?"""
-    try:
-        status = os.fstat(fd)
-    except OSError:
-        return False
-    return (status.st_dev, status.st_ino) == identity
-
-
-def _note_open(noted: list[int], path: str, flags: int, mode: int = 0o600) -> int:
-    """os.open whose descriptor is noted in one call in C: an exception of a signal handler cannot lose it."""
-    noted.extend(map(os.open, [path], [flags], [mode]))
-    return noted[-1]
-
-
 def _open(name: str, noted: list[int]) -> int:
     """Open what lies under a ring's name, if it is a regular file; O_NONBLOCK so that a FIFO does not block."""
     try:
-        fd = _note_open(noted, _path(name), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = note_open(noted, _path(name), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         raise FileNotFoundError(errno.ENOENT, "there is no ring of this name", name) from None
     except OSError as error:
@@ -258,7 +247,7 @@ class Segment:
         noted: list[int] = []
         try:
             try:
-                fd = _note_open(noted, DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC)
+                fd = note_open(noted, DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC)
                 os.ftruncate(fd, layout.segment_bytes)
                 os.posix_fallocate(fd, 0, layout.lanes_offset)
             except OSError as error:
@@ -365,7 +354,7 @@ class Segment:
         """Is this remembered descriptor still ours? After os.closerange the number may be a stranger's."""
         if fd < 0 or _owners.get(fd, (id(self),))[0] != id(self):
             return False
-        return _is_of(fd, self._identity)
+        return is_of(fd, self._identity)
 
     def claim(self, byte: int) -> bool:
         """Take a role for this handle, if no living handle has it. Taking it again is fine."""
@@ -529,91 +518,6 @@ class Segment:
         self._locks = mine[0] if mine else -1
         self._opening.clear()
         self._children.clear()
-
-
-_segments: dict[int, weakref.ref[Segment]] = {}
-# Which segment has a descriptor, and of which file: a second handle of a ring could get a lost one's number.
-_owners: dict[int, tuple[int, tuple[int, int] | None]] = {}
-_followed = [True]  # has this process done what there is to do after the fork that it comes from?
-_forking: dict[int, list[Segment]] = {}  # by thread; held, so that one that another thread closes is tidied up too
-
-
-def _living() -> list[Segment]:
-    """A list of references made in one step, because other threads open and close meanwhile."""
-    return [segment for segment in [reference() for reference in list(_segments.values())] if segment is not None]
-
-
-def to_the_end(work: Callable[[], None]) -> Callable[[], None]:
-    """Have work in a fork's hook done, also if a signal handler raises: the interpreter drops that, and goes on."""
-
-    def done() -> None:
-        failure: BaseException | None = None
-        for _ in range(100):
-            try:
-                work()
-                break
-            except BaseException as error:
-                failure = error
-        if failure is not None:
-            raise failure
-
-    return done
-
-
-def follow_forks(take_up: Callable[[], None]) -> None:
-    """Have handles follow forks; `take_up` is called in each child when their claims are gone."""
-
-    def in_child() -> None:
-        _after_fork_in_child()
-        to_the_end(take_up)()
-
-    for _ in range(2):  # the first may end at once by a signal handler's exception, which the interpreter drops
-        os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=in_child)
-
-
-@to_the_end
-def _before_fork() -> None:
-    _followed[0] = False  # for the child; the parent never asks
-    segments = _forking[threading.get_ident()] = _living()
-    for segment in segments:
-        with contextlib.suppress(OSError):  # no descriptor left: the child tries again
-            segment.before_fork()
-
-
-@to_the_end
-def _after_fork_in_parent() -> None:
-    thread = threading.get_ident()
-    for segment in _forking.get(thread, ()):
-        segment.after_fork_in_parent()
-    _forking.pop(thread, None)
-
-
-def _after_fork_in_child() -> None:
-    """Calling it again is harmless."""
-    segments = [] if _followed[0] else _living()
-    # Those last, to be taken first, that have their descriptor: this frees the parent's.
-    thread = threading.get_ident()
-    segments.sort(key=lambda segment: bool(segment._children.get(thread)))
-    to_the_end(partial(_free_the_child, segments, {id(segment) for segment in segments}))()
-
-
-def _free_the_child(segments: list[Segment], living: set[int]) -> None:
-    if _followed[0]:
-        return
-    while segments:
-        # One that another thread opened after `_before_fork`, or that got no descriptor then, gets it now.
-        with contextlib.suppress(OSError):
-            segments[-1].before_fork()
-        segments[-1].after_fork_in_child()
-        segments.pop()
-    # The collector takes the weak references away before it finalizes, in the parent's other thread just then.
-    for fd, (owner, identity) in list(_owners.items()):
-        if owner not in living:
-            _owners.pop(fd, None)
-            if _is_of(fd, identity):
-                os.close(fd)
-    _forking.clear()
-    _followed[0] = True
 
 
 def _clear_the_way(name: str, replace: bool) -> bool:

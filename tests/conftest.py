@@ -16,7 +16,7 @@ import textwrap
 import threading
 
 import pytest
-from support import DEADLINE, KILLED, ROOT, SIGKILL, WINDOWS, Line, Words, descriptors, pack, wait_until
+from support import DARWIN, DEADLINE, KILLED, ROOT, SIGKILL, WINDOWS, Line, Words, descriptors, pack, wait_until
 
 from shmring import _ring
 from shmring._backend import os_backend
@@ -32,7 +32,8 @@ def segments():
     """The names of the files of this run's rings: other programs have theirs. Windows has no files."""
     if WINDOWS:
         return set()
-    return {entry for entry in os.listdir("/dev/shm") if entry.startswith(f"shmring.test-{os.getpid()}-")}
+    played = sys.modules["darwin_on_linux"].left() if "darwin_on_linux" in sys.modules else set()
+    return played | {entry for entry in os.listdir("/dev/shm") if entry.startswith(f"shmring.test-{os.getpid()}-")}
 
 
 def namespaces(*flags):
@@ -183,7 +184,9 @@ class Children:
     def python(self, code, *args, **kwargs):
         """Start a Python that runs `code` (dedented), its output in pipes, as text; `prefix` is a command before it."""
         env = {**os.environ, "PYTHONPATH": str(ROOT), **kwargs.pop("env", {})}
-        command = [*kwargs.pop("prefix", []), sys.executable, *kwargs.pop("options", []), "-c", textwrap.dedent(code)]
+        begin = f"import sys; sys.path.append({str(ROOT / 'tests')!r}); import support\n" if DARWIN else ""
+        code = begin + textwrap.dedent(code)
+        command = [*kwargs.pop("prefix", []), sys.executable, *kwargs.pop("options", []), "-c", code]
         process = subprocess.Popen(
             [*command, *map(str, args)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kwargs,
@@ -267,7 +270,10 @@ def nothing_is_left(request):
     assert len(_ring._open_rings) <= before[3], "the test left open handles"
     left = segments() - before[0]
     for entry in left:
-        os.unlink(f"/dev/shm/{entry}")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"/dev/shm/{entry}")
+    if left and "darwin_on_linux" in sys.modules:
+        sys.modules["darwin_on_linux"].clear()
     assert not left, f"the test left segments: {left}"
     opened = {number: target for number, target in descriptors().items() if before[1].get(number) != target}
     assert not opened, f"the test left descriptors: {opened}"

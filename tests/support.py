@@ -19,6 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the checkout itself is what is tested, installed or not
 
 WINDOWS = sys.platform == "win32"
+# The macOS backend over a stand-in, in this process and in those that it starts.
+DARWIN = sys.platform == "linux" and os.environ.get("SHMRING_TEST_BACKEND") == "darwin"
+if DARWIN:
+    import darwin_on_linux
+
+    darwin_on_linux.take_over()
 DEADLINE = 60.0 if WINDOWS else 30.0  # seconds that anything a test waits for may take
 SIGKILL = 9  # there is none on Windows, where os.kill ends a process with any number as its exit code
 

@@ -1,0 +1,131 @@
+"""What the two POSIX backends share: descriptors that no exception loses, and handles that follow forks.
+
+A lock of an open file description lives as long as any copy of its descriptor, so a forked child has to
+close those that it inherits, and to open its own. Each segment of this process is known here, with the
+descriptors that are its own, and has its three methods called around a fork.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.platform == "win32":
+    raise ImportError("shmring's POSIX backends are not for Windows")
+
+import contextlib
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+
+class Segment(Protocol):
+    """What a fork needs of a backend's segment."""
+
+    _children: dict[int, list[int]]  # by forking thread: the descriptors for its child
+
+    def before_fork(self) -> None: ...
+    def after_fork_in_parent(self) -> None: ...
+    def after_fork_in_child(self) -> None: ...
+
+
+def is_of(fd: int, identity: tuple[int, int] | None) -> bool:
+    """Is this descriptor open, and of the file with this device and inode?"""
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return False
+    return (status.st_dev, status.st_ino) == identity
+
+
+def note_open(noted: list[int], path: str, flags: int, mode: int = 0o600) -> int:
+    """os.open whose descriptor is noted in one call in C: an exception of a signal handler cannot lose it."""
+    noted.extend(map(os.open, [path], [flags], [mode]))
+    return noted[-1]
+
+
+living_segments: dict[int, weakref.ref[Segment]] = {}
+# Which segment has a descriptor, and of which file: a second handle of a ring could get a lost one's number.
+owners: dict[int, tuple[int, tuple[int, int] | None]] = {}
+_followed = [True]  # has this process done what there is to do after the fork that it comes from?
+forking: dict[int, list[Segment]] = {}  # by thread; held, so that one that another thread closes is tidied up too
+
+
+def _living() -> list[Segment]:
+    """A list of references made in one step, because other threads open and close meanwhile."""
+    return [segment for segment in [reference() for reference in list(living_segments.values())] if segment is not None]
+
+
+def to_the_end(work: Callable[[], None]) -> Callable[[], None]:
+    """Have work in a fork's hook done, also if a signal handler raises: the interpreter drops that, and goes on."""
+
+    def done() -> None:
+        failure: BaseException | None = None
+        for _ in range(100):
+            try:
+                work()
+                break
+            except BaseException as error:
+                failure = error
+        if failure is not None:
+            raise failure
+
+    return done
+
+
+def follow_forks(take_up: Callable[[], None]) -> None:
+    """Have handles follow forks; `take_up` is called in each child when their claims are gone."""
+
+    def in_child() -> None:
+        _after_fork_in_child()
+        to_the_end(take_up)()
+
+    for _ in range(2):  # the first may end at once by a signal handler's exception, which the interpreter drops
+        os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=in_child)
+
+
+@to_the_end
+def _before_fork() -> None:
+    _followed[0] = False  # for the child; the parent never asks
+    segments = forking[threading.get_ident()] = _living()
+    for segment in segments:
+        with contextlib.suppress(OSError):  # no descriptor left: the child tries again
+            segment.before_fork()
+
+
+@to_the_end
+def _after_fork_in_parent() -> None:
+    thread = threading.get_ident()
+    for segment in forking.get(thread, ()):
+        segment.after_fork_in_parent()
+    forking.pop(thread, None)
+
+
+def _after_fork_in_child() -> None:
+    """Calling it again is harmless."""
+    segments = [] if _followed[0] else _living()
+    # Those last, to be taken first, that have their descriptor: this frees the parent's.
+    thread = threading.get_ident()
+    segments.sort(key=lambda segment: bool(segment._children.get(thread)))
+    to_the_end(partial(_free_the_child, segments, {id(segment) for segment in segments}))()
+
+
+def _free_the_child(segments: list[Segment], living: set[int]) -> None:
+    if _followed[0]:
+        return
+    while segments:
+        # One that another thread opened after `_before_fork`, or that got no descriptor then, gets it now.
+        with contextlib.suppress(OSError):
+            segments[-1].before_fork()
+        segments[-1].after_fork_in_child()
+        segments.pop()
+    # The collector takes the weak references away before it finalizes, in the parent's other thread just then.
+    for fd, (owner, identity) in list(owners.items()):
+        if owner not in living:
+            owners.pop(fd, None)
+            if is_of(fd, identity):
+                os.close(fd)
+    forking.clear()
+    _followed[0] = True
