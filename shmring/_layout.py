@@ -34,7 +34,7 @@ message, the second when the lane's writer parks; a line is 128 bytes, because p
     16      8     writer_parks     lane writer  times a writer of this lane went to sleep
     128     8     writer_parked    lane writer  epoch; odd: asleep or about to be
     136     8     writer_wanted    lane writer  the sleeper has room once read_pos has come to this
-    144     4     writer_bell      the kernel   futex: FUTEX_WAKE_OP adds 1 and wakes, in one call; Windows: zero
+    144     4     writer_bell      the kernel   futex: FUTEX_WAKE_OP adds 1 and wakes, in one call; else zero
     148     4     -                -            zero
     152     8     -                -            zero, for a doorbell
 
@@ -73,13 +73,13 @@ A record never wraps: where the next one does not fit before the lane's end, a l
 says that the lane goes on at its beginning.
 
 Claims are locks on bytes of the segment file, far beyond what the layout needs; the kernel takes
-them back when their holder dies. Where a segment is no file (Windows), objects that have these numbers in
-their names take the place of the locks. The numbers are the same in every layout version:
+them back when their holder dies. Where a segment is no file, what has these numbers in its name takes the
+place of the locks: files on macOS, events on Windows. The numbers are the same in every layout version:
 
     byte             kind       held by
     PRESENCE         shared     every open handle
     PRESENCE         exclusive  whoever removes the name because nobody else has the ring open
-    NAME             exclusive  whoever is about to remove the name (Windows: to change it)
+    NAME             exclusive  whoever is about to remove the name (elsewhere: to change it)
     READER + slot    exclusive  the reader in this slot
     LANE + lane      exclusive  the writer of this lane
 """
