@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+
+import pytest
+
+if sys.platform != "linux":
+    pytest.skip("the stand-in for macOS is made of Linux", allow_module_level=True)
+
 import ctypes
 import errno
 import fcntl
 import mmap
 import os
 import signal
-import sys
 import threading
 from ctypes import byref, c_uint
-
-import pytest
-
-if sys.platform != "linux":
-    pytest.skip("the stand-in for macOS is made of Linux", allow_module_level=True)
 
 import darwin_on_linux
 from conftest import DEADLINE, wait_until

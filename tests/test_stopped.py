@@ -6,33 +6,58 @@ that moment on, whatever its forked children are about.
 
 from __future__ import annotations
 
+import signal
+
+import pytest
+
+if not hasattr(signal, "SIGSTOP"):
+    pytest.skip("no signal stops a process here", allow_module_level=True)
+
 import os
 import random
-import signal
+import select
 import struct
 import subprocess
 import sys
 
-import pytest
 from conftest import DEADLINE, segments, wait_until
-from test_processes import (
-    Account,
-    endless,
-    hear,
-    kill,
-    message,
-    opens,
-    pipe,
-    read_each,
-    read_numbered,
-    stop,
-    write_numbered,
-)  # fmt: skip
+from test_processes import Account, message, opens, read_each, read_numbered, write_numbered
 
 from shmring import Ring, RingBusy, RingTimeout
 from shmring._backend import os_backend
 
-__all__ = ["endless", "pipe"]  # fixtures
+
+@pytest.fixture
+def pipe():
+    """Makes pipes, which are closed after the test."""
+    made = []
+
+    def make():
+        made.extend(os.pipe())
+        return made[-2:]
+
+    yield make
+    for number in made:
+        os.close(number)
+
+
+def hear(descriptor, count=1):
+    """Read bytes from a pipe, in time."""
+    data = b""
+    while len(data) < count:
+        assert select.select([descriptor], [], [], DEADLINE)[0], f"nothing was said in {DEADLINE} s"
+        data += os.read(descriptor, count - len(data))
+    return data
+
+
+def kill(children, pid):
+    os.kill(pid, signal.SIGKILL)
+    assert children.join(pid) == -signal.SIGKILL
+
+
+def stop(pid):
+    os.kill(pid, signal.SIGSTOP)
+    assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
 
 
 def resume(pid):
@@ -61,7 +86,9 @@ def any_time(monkeypatch):
     """Makes this process's clocks leap ahead by a day: no time-out of anybody's else would outlast it."""
 
     def leap():
-        monkeypatch.setattr(os_backend.time, "monotonic", lambda now=os_backend.time.monotonic: now() + 86400)
+        for clock in ("monotonic", "perf_counter", "time"):
+            now = getattr(os_backend.time, clock)
+            monkeypatch.setattr(os_backend.time, clock, lambda now=now: now() + 86400)
 
     yield leap
     monkeypatch.undo()
