@@ -918,6 +918,7 @@ class Reader:
                 if pos == end:
                     given = pos
                     self._free(lane, pos, count)  # nothing but padding
+                    size = -1  # what comes next is not like the last one: 0 would go with another record's step
                     continue
                 step = record_bytes(size)
                 base = pos - pos % capacity - lane.first

@@ -165,6 +165,21 @@ def test_a_message_that_can_never_fit_says_its_size_and_the_most(ring):
 # ---------------------------------------------------------------- wrap and padding
 
 
+@pytest.mark.parametrize("size", [0, 8, 24, 40])
+def test_an_empty_message_after_padding_alone_does_not_take_the_next_one_with_it(name, size):
+    """The padding has no size: it must not make an empty record seem as long as the one before the padding."""
+    with Ring.create(name, 4096, writers=2) as ring, Ring.open(name) as first, Ring.open(name) as second:
+        first.write(b"")
+        second.write(bytes(500))
+        assert len(drain(ring)) == 2
+        first.write(payload(size))
+        assert ring.read() == payload(size)
+        assert not second.try_write(bytes(4080))  # this publishes padding, which is read next
+        messages = [b""] * (1 + (size + 7) // 8)  # together as long as the message that was read last
+        first.write_many(messages)
+        assert drain(ring) == messages
+
+
 def test_messages_of_every_size_go_through_the_smallest_ring(ring, other):
     for size in range(4089):
         message = payload(size, size)
