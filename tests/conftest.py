@@ -16,7 +16,7 @@ import textwrap
 import threading
 
 import pytest
-from support import DARWIN, DEADLINE, KILLED, ROOT, SIGKILL, WINDOWS, Line, Words, descriptors, pack, wait_until
+from support import DARWIN, DEADLINE, KILLED, ROOT, SIGKILL, WINDOWS, Line, Words, descriptors, pack, popen, wait_until
 
 from shmring import _ring
 from shmring._backend import os_backend
@@ -128,7 +128,7 @@ class Children:
         if not WINDOWS:
             return self.fork(function, *args)
         code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); from support import run_packed; run_packed()"
-        process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+        process = popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
         self._packed[process.pid] = process
         process.stdin.write(pack(function, args))
         process.stdin.close()
@@ -187,7 +187,7 @@ class Children:
         begin = f"import sys; sys.path.append({str(ROOT / 'tests')!r}); import support\n" if DARWIN else ""
         code = begin + textwrap.dedent(code)
         command = [*kwargs.pop("prefix", []), sys.executable, *kwargs.pop("options", []), "-c", code]
-        process = subprocess.Popen(
+        process = popen(
             [*command, *map(str, args)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kwargs,
         )  # fmt: skip

@@ -9,6 +9,7 @@ import marshal
 import mmap
 import os
 import pickle
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +27,7 @@ if DARWIN:
 
     darwin_on_linux.take_over()
 DEADLINE = 60.0 if WINDOWS else 30.0  # seconds that anything a test waits for may take
+ERROR_INTERNAL_ERROR = 1359  # <winerror.h>
 SIGKILL = 9  # there is none on Windows, where os.kill ends a process with any number as its exit code
 
 
@@ -58,6 +60,16 @@ def kill_yourself():
 
 
 KILLED = SIGKILL if WINDOWS else -SIGKILL  # what `Children.join` returns then
+
+
+def popen(command, **kwargs):
+    """subprocess.Popen, once more where Wine could not: its CreateProcess fails now and then on a busy machine."""
+    try:
+        return subprocess.Popen(command, **kwargs)
+    except OSError as error:
+        if getattr(error, "winerror", None) != ERROR_INTERNAL_ERROR:
+            raise
+        return subprocess.Popen(command, **kwargs)
 
 
 # ---------------------------------------------------------------- between processes

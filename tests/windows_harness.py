@@ -36,13 +36,12 @@ import zlib
 from harness import NEVER, Actor, Trace, kill_or_stop, message
 from operations import CASES as ALL
 from operations import Create
-from support import DEADLINE, ROOT, SIGKILL, kill_yourself
+from support import DEADLINE, ROOT, SIGKILL, kill_yourself, popen
 
 from shmring import Ring, RingBusy, _layout
 from shmring._backend import os_backend
 
 HARMLESS = {"_open_mutex", "_get_token_information", "_get_kernel_object_security"}  # of the calls into the system
-ERROR_INTERNAL_ERROR = 1359  # <winerror.h>
 AHEAD = 2  # victims that are being started while another one is at work
 SOON = 1.0  # seconds after a process's end within which its roles are free
 
@@ -154,17 +153,11 @@ class Watch(Trace):
 
 def start(function):
     """An interpreter that runs a function of this module; its standard input and output are pipes."""
-    for last in (False, True):
-        try:
-            return subprocess.Popen(
-                [sys.executable, "-S", "-c", f"import windows_harness; windows_harness.{function}()"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
-                env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-            )  # fmt: skip
-        except OSError as error:
-            # Seen once in some hundred starts on a busy machine, from CreateProcess of Wine. Nothing runs yet then.
-            if last or error.winerror != ERROR_INTERNAL_ERROR:
-                raise
+    return popen(
+        [sys.executable, "-S", "-c", f"import windows_harness; windows_harness.{function}()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+    )  # fmt: skip
 
 
 def watch():
