@@ -22,7 +22,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOU
 # Imports go up this list only; modules of one row do not import each other.
 ORDER = [
     ["_errors", "_monitor", "_posix", "_libsystem"], ["_layout"], ["_words"], ["_linux", "_darwin", "_windows"],
-    ["_backend"], ["_ring"], ["__init__"], ["bench", "selftest"],
+    ["_backend"], ["_ring"], ["__init__"], ["bench"], ["selftest"],
 ]  # fmt: skip
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
 
