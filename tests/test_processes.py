@@ -26,7 +26,7 @@ from shmring._backend import os_backend
 needs_kept = pytest.mark.skipif(WINDOWS, reason="rings cannot be kept here")
 
 # Where there are no forks, each process costs a new interpreter.
-ROUNDS, WRITERS = (5, 3) if WINDOWS else (25, 10)
+ROUNDS, WRITERS = (3, 2) if WINDOWS else (25, 10)
 IDLE = 0.05 if WINDOWS else 0.005  # seconds of processor time; Windows counts them in ticks of 16 ms
 
 NUMBERED = struct.Struct("<IQ")  # writer, number
@@ -186,7 +186,7 @@ def test_more_writers_than_lanes_are_refused_and_get_their_turn_later(name, chil
 def test_four_generations_of_writers_overlap_on_four_lanes(name, children, seed):
     rng = random.Random(seed)
     with Ring.create(name, 4096, writers=4) as ring:
-        account, pids, started, number = Account(), [], 0, 16 if WINDOWS else 80
+        account, pids, started, number = Account(), [], 0, 9 if WINDOWS else 80
         while started < number or pids:
             while started < number and len(pids) < 4:
                 pids.append(children.start(write_numbered, ring, started, rng.randrange(1, 60)))
@@ -441,7 +441,7 @@ def test_readers_and_writers_killed_at_random_lose_nothing_acknowledged(name, ch
         account = Account()
         account.next = {slot: 0 for slot in range(4)}
         pids = [children.start(write, slot, 0) for slot in range(4)]
-        for _ in range(10 if WINDOWS else 60):
+        for _ in range(6 if WINDOWS else 60):
             for _ in range(rng.randrange(100)):
                 account.take(ring.read(timeout=DEADLINE))
             slot = rng.randrange(4)
@@ -707,7 +707,7 @@ def hold_until_told(ring, told, ready):
 
 
 def test_the_last_close_of_two_processes_at_once_removes_the_name(name, children, shared):
-    for _ in range(6 if WINDOWS else 150):
+    for _ in range(3 if WINDOWS else 150):
         gate, ready = shared(Line), shared(Line)
         ring = Ring.create(name)
 
