@@ -349,9 +349,9 @@ def test_the_ways_of_reading_can_be_mixed_at_any_point(ring):
 def test_iteration_ends_after_so_long_without_a_message(ring):
     ring.write_many([b"1", b"2"])
     assert list(ring.messages(timeout=0)) == [b"1", b"2"]
-    begin = time.monotonic()
+    begin = time.perf_counter()
     assert list(ring.messages(timeout=0.05)) == []
-    assert time.monotonic() - begin >= 0.05
+    assert time.perf_counter() - begin >= 0.05
 
 
 def test_breaking_out_of_a_loop_loses_nothing(ring):
@@ -402,10 +402,10 @@ def wait(request, ring):
 @pytest.mark.parametrize("timeout", [0, 0.0, -1, -math.inf, 0.001, 0.05])
 def test_a_wait_is_never_shorter_than_asked(wait, ring, timeout):
     before = ring.stats()
-    begin = time.monotonic()
+    begin = time.perf_counter()
     with pytest.raises(RingTimeout, match=ring.name) as caught:
         wait(timeout=timeout)
-    assert time.monotonic() - begin >= timeout
+    assert time.perf_counter() - begin >= timeout
     assert isinstance(caught.value, TimeoutError)
     after = ring.stats()
     assert (after.messages_in, after.messages_out) == (before.messages_in, before.messages_out)
