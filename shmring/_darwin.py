@@ -280,6 +280,11 @@ def _folder() -> str:
     return path
 
 
+def _name_path(root: str, name: str) -> str:
+    """Where the file is that says which ring has this name."""
+    return f"{root}/name-{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}"
+
+
 class _Entry(NamedTuple):
     """What a ring's file says."""
 
@@ -357,8 +362,7 @@ class Segment:
         # In C, with the reference as pop's default: an interrupt in a callback in Python would be swallowed.
         _segments[id(self)] = weakref.ref(self, partial(_segments.pop, id(self)))
         self._root = _folder()
-        digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
-        self._named = f"{self._root}/name-{digest}"
+        self._named = _name_path(self._root, name)
 
     @classmethod
     def create(cls, name: str, layout: Layout, mode: int, replace: bool) -> Segment:
@@ -916,8 +920,7 @@ def _sweep_one(home: str, nonce: bytes) -> None:
         found = _Entry.read(fd)
         if found is not None:
             passing.name, passing._keep = found.name, found.keep
-            digest = hashlib.blake2b(found.name.encode(), digest_size=16).hexdigest()
-            passing._named = f"{passing._root}/name-{digest}"
+            passing._named = _name_path(passing._root, found.name)
             if found.keep and _leads_to(passing._named, fd):
                 return  # not even locked: who opens it would find it locked
         if _leads_to(f"{home}/ring", fd):

@@ -152,6 +152,7 @@ class Ring:
             readers: "one": one handle reads, a second one that tries gets RingBusy.
             mode: Permissions of the ring, whatever the umask; the owner must be able to read and write. On Windows
                 they are checked and not used: its objects have the security that the process gives all it makes.
+                On macOS they make no difference: the ring lies in a folder of this user's alone.
             keep: The name and the unread messages stay when nobody has the ring open, until `unlink`
                 (or until the system goes down). Windows has no such thing.
             replace: Take the place of a kept ring of this name that nobody has open.
