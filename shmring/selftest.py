@@ -130,14 +130,16 @@ def check_kills() -> str:
     return f"{KILLS} writers killed, {messages:,} messages accounted for"
 
 
-def _litmus(ring: Ring, back: Ring, seconds: float) -> None:
+def _litmus(ring: Ring, back: Ring) -> None:
     """The other side of `check_fence`."""
     with ring, back:
-        _store_and_load(ring, back, 0, seconds)
+        _store_and_load(ring, back, 0, 0.0)
 
 
 def _store_and_load(ring: Ring, back: Ring, side: int, seconds: float) -> tuple[int, int]:
     """Again and again: store a word of one's own, fence, load the other's. Both must not miss each other.
+
+    Side 1 says in its word of each round whether that is the last one.
 
     Returns:
         How often it was tried, and how often both missed each other.
@@ -149,26 +151,28 @@ def _store_and_load(ring: Ring, back: Ring, side: int, seconds: float) -> tuple[
         lane + 16 * place for place in ((0, 1, 2, 3, 4, 5) if side else (1, 0, 3, 2, 5, 4))
     )
     fence = segment.sleeper_fence
-    end = time.perf_counter() + seconds + (0 if side else PATIENCE)
-    rounds = missed = 0
-    while time.perf_counter() < end:
-        rounds += 1
-        stop = side and time.perf_counter() + 0.01 > end
-        cells[ready] = rounds << 1 | bool(stop)
-        while cells[their_ready] >> 1 != rounds:
-            if time.perf_counter() > end + PATIENCE:
+
+    def of_this_round(cell: int) -> int:
+        """The other side's flag of this round, which it does not change before we have shown ours."""
+        patience = time.perf_counter() + PATIENCE
+        while cells[cell] >> 1 != rounds:
+            if time.perf_counter() > patience:
                 raise AssertionError("the other process of the litmus does not answer")
-        if side and rounds == 1:
+        return cells[cell] & 1
+
+    end = 0.0
+    rounds = missed = last = 0
+    while not last:
+        rounds += 1
+        last = int(bool(side and rounds > 1 and time.perf_counter() > end))
+        cells[ready] = rounds << 1 | last
+        last |= of_this_round(their_ready)
+        if rounds == 1:
             end = time.perf_counter() + seconds  # from now on: the other process took its time to start
         cells[mine] = rounds  # a word of this round
         fence()
         cells[seen] = (cells[other] == rounds) | rounds << 1
-        while cells[theirs] >> 1 != rounds:
-            if time.perf_counter() > end + PATIENCE:
-                raise AssertionError("the other process of the litmus does not answer")
-        missed += not cells[seen] & 1 and not cells[theirs] & 1
-        if stop or cells[their_ready] & 1 and not side:
-            break
+        missed += not of_this_round(theirs) and not cells[seen] & 1
     return rounds, missed
 
 
@@ -179,7 +183,7 @@ def check_fence() -> str:
         ring.write(b"")  # the lane's memory
         if ring.read() != b"":
             raise AssertionError("the first message did not come")
-        with _started(_litmus, ring, back, SECONDS):
+        with _started(_litmus, ring, back):
             rounds, missed = _store_and_load(ring, back, 1, SECONDS)
     if missed:
         raise AssertionError(f"the fence does not hold: {missed:,} of {rounds:,} times both missed each other")
