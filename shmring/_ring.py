@@ -21,7 +21,24 @@ from . import _layout
 from ._backend import Segment, os_backend
 from ._errors import MessageTooLarge, RingClosed, RingError, RingTimeout, naming
 from ._monitor import BUSY, Monitor, MonitorClosed, no_steps
-from ._words import PACKED, GiveBack, Parking, ReadBatch, Reader, ReadOne, ReadRequest, WriteBatch, Writer
+from ._words import (
+    JOINED,
+    PACKED,
+    Borrow,
+    Commit,
+    Gather,
+    GiveBack,
+    Parking,
+    ReadBatch,
+    Reader,
+    ReadOne,
+    ReadRequest,
+    Reserve,
+    Return,
+    WriteBatch,
+    Writer,
+    WriteRequest,
+)
 
 if TYPE_CHECKING:
     if sys.version_info >= (3, 12):
@@ -297,14 +314,57 @@ class Ring:
         if longest > self.max_message:
             raise MessageTooLarge(self.name, longest, self.max_message)
         batch = WriteBatch(checked, longest if len(sizes) == 1 else -1)
-        wanted = self._enter_writer(batch)
-        if wanted is not None:
-            try:
-                self._write_when_room(batch, wanted, _deadline(timeout))
-            except RingTimeout:
-                if not batch.done:
-                    raise
+        try:
+            self._write_in_time(batch, _deadline(timeout))
+        except RingTimeout:
+            if not batch.done:
+                raise
         return batch.done
+
+    def writev(self, buffers: Iterable[Buffer], *, timeout: float | None = None) -> None:
+        """Append one message that is made of several buffers: a header and a body need no joining.
+
+        Args:
+            buffers: Buffers, as for `write`; the message is their bytes, one after the other.
+            timeout: As for `write`, and so is what is raised.
+        """
+        if isinstance(buffers, (str, bytes, bytearray, memoryview)):
+            raise TypeError(f"writev takes an iterable of buffers, not one {type(buffers).__name__}")
+        parts = [buffer if type(buffer) is bytes else _flat(buffer) for buffer in buffers]
+        size = sum(map(len, parts))
+        if size <= JOINED:
+            self.write(b"".join(parts), timeout=timeout)
+            return
+        if size > self.max_message:
+            raise MessageTooLarge(self.name, size, self.max_message)
+        self._write_in_time(Gather(parts, size), _deadline(timeout))
+
+    def reserve(self, nbytes: int, *, timeout: float | None = None) -> Reservation:
+        """Write a message in place, without a copy: ``with ring.reserve(nbytes) as view: ...``.
+
+        `view` is a writable memoryview of `nbytes` bytes in the ring, with whatever is there. Leaving the block
+        publishes the message, an exception publishes nothing, and `Reservation.commit` publishes less of it.
+        Meanwhile other threads that write with this handle wait, and this one gets RingBusy if it tries.
+
+        Args:
+            nbytes: Bytes of the message, 0 to `max_message`.
+            timeout: Seconds to wait for room at the beginning of the block, as for `write`.
+
+        Raises:
+            MessageTooLarge: More than `max_message` bytes.
+            BufferError: At the end of the block: something made from the view is still there (an array), so it
+                cannot be released. Nothing is published, and the handle writes again once it is gone.
+            RingBusy, RingTimeout, RingCorrupted, RingClosed, OSError: At the beginning of the block, as for `write`.
+
+        If this process dies inside the block, nothing of the message is in the ring.
+        """
+        if not isinstance(nbytes, int) or isinstance(nbytes, bool):
+            raise TypeError(f"nbytes is a number of bytes, not {type(nbytes).__name__}")
+        if nbytes < 0:
+            raise ValueError(f"nbytes is a number of bytes, not {nbytes}")
+        if nbytes > self.max_message:
+            raise MessageTooLarge(self.name, nbytes, self.max_message)
+        return Reservation(self, nbytes, timeout)
 
     def _enter_writer(self, data: Any) -> Any:
         monitor = self._writer.monitor
@@ -314,6 +374,11 @@ class Ring:
             raise self._is_closed() from None
         finally:
             self._send = monitor.steps.send
+
+    def _write_in_time(self, request: WriteRequest, deadline: float | None) -> None:
+        wanted = self._enter_writer(request)
+        if wanted is not None:
+            self._write_when_room(request, wanted, deadline)
 
     def _write_when_room(self, data: Any, wanted: int, deadline: float | None) -> None:
         writer = self._writer
@@ -331,7 +396,7 @@ class Ring:
             return written
 
         self._spin_for_room(writer, wanted, deadline)
-        self._wait(attempt, parking, lambda: writer.read_pos < wanted, lambda: wanted, deadline, "no room in")
+        self._wait(attempt, parking, lambda: writer.nothing(wanted), lambda: wanted, deadline, "no room in")
 
     # ------------------------------------------------------------ reading
 
@@ -452,6 +517,25 @@ class Ring:
             raise
         return answer
 
+    def borrow(self, *, timeout: float | None = None) -> Borrowed:
+        """Read a message in place, without a copy: ``with ring.borrow() as view: ...``.
+
+        `view` is a read-only memoryview of the message in the ring. Leaving the block takes the message out,
+        by an exception too. Meanwhile other threads that read with this handle wait, and this one gets RingBusy
+        if it tries.
+
+        Args:
+            timeout: Seconds to wait for a message at the beginning of the block, as for `read`.
+
+        Raises:
+            BufferError: At the end of the block: something made from the view is still there (an array), so it
+                cannot be released. The message is taken out, and the handle reads again, once it is gone.
+            RingBusy, RingTimeout, RingCorrupted, RingClosed: At the beginning of the block, as for `read`.
+
+        If this process dies inside the block, the message stays in the ring.
+        """
+        return Borrowed(self, timeout)
+
     def messages(self, *, timeout: float | None = None) -> Iterator[bytes]:
         """Iterate over the messages as they come; each is out of the ring when it is handed out.
 
@@ -497,7 +581,7 @@ class Ring:
         with suppress(RingClosed):  # nobody is left to get it
             self._enter_reader(GiveBack([message]))
 
-    def _await(self, request: ReadRequest, deadline: float | None, spun: bool = False) -> Any:
+    def _await(self, request: ReadRequest | Borrow, deadline: float | None, spun: bool = False) -> Any:
         """The answer to a request, once there is one. Who calls gives it back if it gets an exception instead."""
         answer: Any = None
 
@@ -689,6 +773,114 @@ class Ring:
         )
 
 
+class _InPlace:
+    """A message in place, as a context manager whose view ends with the block."""
+
+    _request: Any = None
+    _done = False  # its end
+
+    def __init__(self, ring: Ring, side: Writer | Reader, timeout: float | None) -> None:
+        self._ring, self._side, self._timeout = ring, side, timeout
+
+    def _begin(self, request: Any, ask: Callable[[Any, float | None], Any]) -> memoryview:
+        """Have it put in place."""
+        if self._request is not None:
+            raise RuntimeError("a message in place is entered once; ask for another one")
+        self._request = request
+        try:
+            ask(request, _deadline(self._timeout))
+        except BaseException:
+            self._leave()  # in case that it is there
+            raise
+        view: memoryview = request.view
+        return view
+
+    def _end(self, enter: Callable[[Any], Any], request: Any) -> None:
+        """Have its end done."""
+        try:
+            enter(request)
+            self._done = True
+        finally:
+            if not self._done:
+                self._leave()
+
+    def _leave(self) -> None:
+        """Have whoever comes next do what there is left to do: nobody waits for us any longer."""
+        self._request.left = self._done = True
+        if self._side.parking is not None:
+            self._side.parking.wake()
+
+    def __del__(self) -> None:
+        """A signal handler's exception may come before the first instruction of `__exit__`, which then is skipped."""
+        if self._request is not None and not self._done:
+            self._leave()
+
+
+class Reservation(_InPlace):
+    """Room for one message that is written in place; see `Ring.reserve`."""
+
+    def __init__(self, ring: Ring, nbytes: int, timeout: float | None) -> None:
+        super().__init__(ring, ring._writer, timeout)
+        self._nbytes = nbytes
+
+    def __enter__(self) -> memoryview:
+        return self._begin(Reserve(self._nbytes), self._ring._write_in_time)
+
+    def commit(self, nbytes: int) -> None:
+        """Publish the first `nbytes` bytes now, as the message. The view ends, and the block may be left.
+
+        Raises:
+            ValueError: More bytes than were reserved, or not in the block; nothing is published.
+        """
+        if self._request is None or self._done:
+            raise ValueError("commit: this is not in the block, or it was done already")
+        if not isinstance(nbytes, int) or not 0 <= nbytes <= self._nbytes:
+            raise ValueError(f"commit takes 0 to {self._nbytes:,} bytes, which were reserved, not {nbytes!r}")
+        self._commit(nbytes)
+
+    def _commit(self, nbytes: int | None) -> None:
+        if self._ring._writer is not self._side:  # closed meanwhile, or in a forked child
+            self._done = True
+            raise self._ring._is_closed()
+        self._end(self._ring._enter_writer, Commit(self._request, nbytes))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self._done:
+            with suppress(*([RingClosed, BufferError] if kind else [])):  # the exception says more
+                self._commit(None if kind else self._nbytes)
+
+
+class Borrowed(_InPlace):
+    """A message that is read in place; see `Ring.borrow`."""
+
+    def __init__(self, ring: Ring, timeout: float | None) -> None:
+        super().__init__(ring, ring._reader, timeout)
+
+    def __enter__(self) -> memoryview:
+        return self._begin(Borrow(), self._ring._await)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._request.take = True
+        if self._ring._reader is not self._side:  # closed meanwhile, or in a forked child
+            self._done = True
+        else:
+            with suppress(*([BufferError] if kind else [])):  # the exception says more
+                self._end(self._ring._enter_reader, Return(self._request))
+
+
+def _close_when_gone(segment: Segment, views: list[weakref.ref[memoryview]]) -> None:
+    """Close a segment when none of these views is left."""
+    for view in [reference() for reference in views]:
+        if view is not None:
+            weakref.finalize(view, _close_when_gone, segment, [])
+            return
+    segment.close()
+
+
 class _Remains:
     """What a closed handle has in the place of its segment and its two sides: nobody can enter, and no memory."""
 
@@ -710,9 +902,12 @@ def _ending(writer: Writer, reader: Reader, segment: Segment) -> Generator[None,
         if request == "close":
             writer.refuse_reentry()  # all or nothing
             reader.refuse_reentry()
-            writer.close()
-            reader.close()
-            segment.close()
+            views = [view for view in (writer.close(), reader.close()) if view is not None]
+            if views:
+                # Something may write or read there yet (an array): nobody else gets the role until that is gone.
+                weakref.finalize(views.pop(), _close_when_gone, segment, [weakref.ref(view) for view in views])
+            else:
+                segment.close()
         elif request == "leave":
             segment.leave()
         else:

@@ -70,6 +70,7 @@ BURST: Final = 65536  # bytes that are published, or copied out, in one go at mo
 BLOCK: Final = 32  # records that one struct takes apart: half the time of one at a time
 
 WORD: Final = (1 << 64) - 1
+RESERVED: Final = WORD  # the read_pos that is wanted where another thread's reservation is what stands in the way
 POSITIONS: Final = 1 << 63  # no ring lives as long: a position from here on is damage
 
 _LENGTH = struct.Struct("=Q")
@@ -119,7 +120,16 @@ def make_fence(tso: bool) -> Callable[[], None]:
 # ---------------------------------------------------------------- requests to the two monitors
 
 
-class WriteBatch:
+class WriteRequest:
+    """What is asked of a writer besides to write one message as it comes."""
+
+    __slots__ = ()
+
+    def __len__(self) -> int:
+        return sys.maxsize  # no message is as long: it leaves the writer's fast path by its length
+
+
+class WriteBatch(WriteRequest):
     """Write these messages, as many as there is room for. `done` counts them.
 
     `size` is their size, or -1 if they have several.
@@ -132,8 +142,87 @@ class WriteBatch:
         self.size = size
         self.done = 0
 
-    def __len__(self) -> int:
-        return sys.maxsize  # no message is as long: it leaves the writer's fast path by its length
+
+class Gather(WriteRequest):
+    """Write these buffers, of so many bytes together, as one message."""
+
+    __slots__ = ("buffers", "size")
+
+    def __init__(self, buffers: list[Any], size: int) -> None:
+        self.buffers = buffers
+        self.size = size
+
+
+class InPlace:
+    """A message's bytes in the ring, as a view that a caller has for a while.
+
+    Meanwhile the side of the handle that it belongs to does nothing else: other threads wait. If the view
+    cannot be released in the end, because something else still uses it, the side is refused to everybody.
+
+    Attributes:
+        left: The caller has left without an end; nothing but the view stands in the way.
+        thread: Whose it is. That one must not wait for itself.
+    """
+
+    __slots__ = ("left", "thread", "view")
+
+    def __init__(self) -> None:
+        self.view: memoryview | None = None
+        self.left = False
+        self.thread = threading.get_ident()
+
+    def released(self) -> bool:
+        """Release the view; was it possible?"""
+        try:
+            if self.view is not None:
+                self.view.release()
+        except BufferError:
+            return False
+        return True
+
+    def end(self, name: str) -> None:
+        """Release the view at the end of the block, in the monitor; BufferError if something still uses it."""
+        if not self.released():
+            raise BufferError(f"the view of a message in place in ring {name!r} is still in use: {STILL_USED}")
+
+    def is_over(self, name: str) -> bool:
+        """Has its caller left, and is the view released? False: another thread still works on it.
+
+        Raises:
+            RingBusy: The view cannot be released, or it is this very thread's.
+        """
+        if not self.left:
+            if self.thread == threading.get_ident():
+                raise RingBusy(f"this thread has a message of ring {name!r} in place; leave its `with` block first")
+            return False
+        if not self.released():
+            what = f"the view of a message that was in place in ring {name!r} is still in use"
+            raise RingBusy(f"{what}: {STILL_USED}")
+        return True
+
+
+STILL_USED: Final = "delete what was made from it (an array, another view) before leaving the `with` block"
+
+
+class Reserve(WriteRequest, InPlace):
+    """Make room for a message of `size` bytes and give a `view` of it, at the lane's `pos`."""
+
+    __slots__ = ("pos", "size")
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.pos = 0
+
+
+class Commit(WriteRequest):
+    """Publish the first `size` bytes of what was reserved, or, if it is None, nothing."""
+
+    __slots__ = ("reserved", "size")
+
+    def __init__(self, reserved: Reserve, size: int | None) -> None:
+        self.reserved = reserved
+        self.size = size
 
 
 class ReadRequest:
@@ -178,6 +267,30 @@ class ReadOne(ReadRequest):
         super().__init__()
         self.room = room
         self.view = view
+
+
+class Borrow(InPlace):
+    """Give a `view` of the next message; it stays in its `lane`, or owed.
+
+    Attributes:
+        pos, count: What is read of the lane, and how many messages, once it is consumed.
+        take: It is to be consumed at the end, else it stays.
+    """
+
+    __slots__ = ("count", "lane", "owed", "pos", "take")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lane: _Lane | None = None
+        self.pos = self.count = 0
+        self.owed: bytes | None = None
+        self.take = False
+
+
+class Return(NamedTuple):
+    """The end of what was borrowed."""
+
+    borrowed: Borrow
 
 
 class GiveBack(NamedTuple):
@@ -288,8 +401,9 @@ class Parking:
                 self._monitor.enter((sleeper, None))
 
     def wake(self) -> None:
-        """Have this handle's own threads look again."""
-        self._segment.wake(self._bell)
+        """Have this handle's own threads look again, if any sleeps."""
+        if self._sleepers:
+            self._segment.wake(self._bell)
 
     def refuse_reentry(self) -> None:
         """Raise RuntimeError if this thread is inside, further up its stack."""
@@ -303,7 +417,7 @@ class Parking:
         except MonitorClosed:
             pass
         self._monitor.close()
-        self.wake()
+        self._segment.wake(self._bell)
 
 
 # ---------------------------------------------------------------- writing
@@ -312,14 +426,15 @@ class Parking:
 class Writer:
     """The writing side of a handle: a lane of its own, claimed at the first request.
 
-    Requests to `monitor`: a message (bytes, or a flat memoryview of bytes), or a `WriteBatch`. Answers:
-    None when all of it is written, or the read_pos that is wanted for more room, an int.
+    Requests to `monitor`: a message (bytes, or a flat memoryview of bytes), or a `WriteRequest`. Answers:
+    None when all of it is done, or the read_pos that is wanted for more room, an int (maybe `RESERVED`).
     """
 
     def __init__(self, segment: Segment) -> None:
         self._segment = segment
         self._lane = -1  # also while a claim is tried: an exception right after it must not lose it
         self._rung = 0  # the reader's epoch that this handle last rang
+        self._reserved: Reserve | None = None  # nothing else is written meanwhile
         self._fence: Fence = None
         self._order = segment.order_fence()
         self.parking: Parking | None = None
@@ -347,13 +462,25 @@ class Writer:
         if self.parking is not None:
             self.parking.refuse_reentry()
 
-    def close(self) -> None:
-        """Wait until no thread is inside, end it, and give the lane back."""
+    def nothing(self, wanted: int) -> bool:
+        """Is there still no room? For S4, which looks from outside the monitor; in doubt it says no."""
+        return self._reserved is not None if wanted == RESERVED else self.read_pos < wanted
+
+    def close(self) -> memoryview | None:
+        """Wait until no thread is inside, end it, and give the lane back.
+
+        Returns:
+            What may still be written to, so that the lane is kept: a view that cannot be released.
+        """
         self.monitor.close()
         if self.parking is not None:
             self.parking.close()
+        reserved, self._reserved = self._reserved, None
+        if reserved is not None and not reserved.released():
+            return reserved.view
         if self._lane >= 0:
             self._segment.release(_layout.LANE + self._lane)
+        return None
 
     def _claim(self) -> None:
         """Take the emptiest free lane, rather one that has its memory."""
@@ -438,6 +565,10 @@ class Writer:
             Where the record goes; up to where this lap is free; 0, or the read_pos that is wanted.
         """
         segment, capacity = self._segment, self._segment.layout.capacity
+        if self._reserved is not None:
+            if not self._reserved.is_over(segment.name):
+                return pos, pos, RESERVED
+            self._reserved = None
         read_pos = self.read_pos  # W1, STALE OK: too small only makes us wait once more
         if self._order:
             self._order()  # ORDER W1 before W2, else we write over what is still being copied
@@ -452,6 +583,61 @@ class Writer:
             pos += padding
             self._publish(pos, 0)
         return pos, min(read_pos + capacity, pos - pos % capacity + capacity), wanted
+
+    def _serve(self, request: Any) -> int | None:
+        """Requests that are not one message as it comes."""
+        if type(request) is WriteBatch:
+            return self._write_batch(request)
+        if type(request) is Gather:
+            return self._gather(request)
+        if type(request) is Reserve:
+            return self._reserve(request)
+        assert type(request) is Commit
+        self._commit(request)
+        return None
+
+    def _next(self, size: int) -> tuple[int, int, int]:
+        """Where a record for `size` bytes goes, its offset in the segment, and 0 or the read_pos that is wanted."""
+        layout = self._segment.layout
+        pos = self._segment.words[(layout.lane_block(self._lane) + _layout.WRITE_POS) >> 3]
+        pos, _, wanted = self._room(pos, record_bytes(size))
+        return pos, layout.lane_bytes(self._lane) + pos % layout.capacity, wanted
+
+    def _gather(self, request: Gather) -> int | None:
+        pos, at, wanted = self._next(request.size)
+        if wanted:
+            return wanted
+        self._segment.words[at >> 3] = request.size  # W2
+        at += RECORD_HEADER
+        for buffer in request.buffers:
+            self._segment.map[at : at + len(buffer)] = buffer  # W2
+            at += len(buffer)
+        self._publish(pos + record_bytes(request.size), 1)
+        return None
+
+    def _reserve(self, request: Reserve) -> int | None:
+        request.pos, at, wanted = self._next(request.size)
+        if wanted:
+            return wanted
+        at += RECORD_HEADER
+        with memoryview(self._segment.map) as whole:
+            request.view = whole[at : at + request.size]
+        self._reserved = request
+        return None
+
+    def _commit(self, request: Commit) -> None:
+        """W2 is what the caller did to the view, and the length here."""
+        reserved, layout = request.reserved, self._segment.layout
+        if self._reserved is not reserved:
+            return
+        reserved.end(self._segment.name)
+        if request.size is not None:
+            at = layout.lane_bytes(self._lane) + reserved.pos % layout.capacity
+            self._segment.words[at >> 3] = request.size  # W2
+            self._publish(reserved.pos + record_bytes(request.size), 1)
+        self._reserved = None
+        assert self.parking is not None
+        self.parking.wake()  # this handle's other threads, which waited for it
 
     def _write_batch(self, batch: WriteBatch) -> int | None:
         segment, messages = self._segment, batch.messages
@@ -504,7 +690,7 @@ class Writer:
                 size = -1
                 while True:
                     if len(data) != size:
-                        if type(data) is WriteBatch:
+                        if isinstance(data, WriteRequest):
                             break
                         if len(data) > max_message:
                             raise MessageTooLarge(segment.name, len(data), max_message)
@@ -539,7 +725,7 @@ class Writer:
                         self._ring()
                     data = None
                     data = yield None
-                answer = self._write_batch(data)
+                answer = self._serve(data)
                 data = None
                 data = yield answer
         except (GeneratorExit, MessageTooLarge, RingBusy):
@@ -591,6 +777,7 @@ class Reader:
         self._lanes: list[_Lane] = []  # those that have ever been claimed, from the first on
         self._last = 0  # the lane that was served last
         self._owed: list[bytes] = []  # out of the ring, but not handed over; replaced, never changed
+        self._borrowed: Borrow | None = None  # nothing else is read meanwhile
         self._fence: Fence = None
         self._order = segment.order_fence()
         self._tried = False
@@ -608,16 +795,27 @@ class Reader:
         if self.parking is not None:
             self.parking.refuse_reentry()
 
-    def close(self) -> None:
-        """Wait until no thread is inside, end it, and give the role back."""
+    def close(self) -> memoryview | None:
+        """Wait until no thread is inside, end it, and give the role back.
+
+        Returns:
+            What may still be read, so that the role is kept: a view that cannot be released.
+        """
         self.monitor.close()
         if self.parking is not None:
             self.parking.close()
+        borrowed, self._borrowed = self._borrowed, None
+        if borrowed is not None and not borrowed.released():
+            return borrowed.view
         if self._tried:
             self._segment.release(_layout.READER)
+        return None
 
     def nothing(self) -> bool:
         """Is there nothing to take? For S4, which looks from outside the monitor; in doubt it says no."""
+        borrowed = self._borrowed
+        if borrowed is not None:
+            return not borrowed.left
         words, layout = self._segment.words, self._segment.layout
         known = len(self._lanes)
         if self._owed or (known < layout.writers and self._segment.map[layout.used_offset + known]):
@@ -782,6 +980,52 @@ class Reader:
             return message if request.view is None else size
         return None
 
+    def _is_borrowed(self) -> bool:
+        """Does another thread have a message in place? RingBusy if this one has."""
+        borrowed = self._borrowed
+        if borrowed is not None:
+            if not borrowed.is_over(self._segment.name):
+                return True
+            self._return(borrowed)
+        return False
+
+    def _borrow(self, request: Borrow) -> memoryview | None:
+        """What the caller does with the view is the copy of the record that comes before R3."""
+        segment, capacity = self._segment, self._segment.layout.capacity
+        if self._owed:
+            request.owed = self._owed[0]
+            request.view = memoryview(request.owed)
+            self._borrowed = request
+            return request.view
+        for lane in reversed(self._look()):
+            pos, size = self._record(lane, lane.pos)
+            if size < 0:
+                raise self._bad_length(lane, pos)
+            if pos == lane.end:
+                self._free(lane, pos, lane.count)  # nothing but padding
+                continue
+            body = lane.first + pos % capacity + RECORD_HEADER
+            request.lane, request.pos, request.count = lane, pos + record_bytes(size), lane.count + 1
+            with memoryview(segment.map) as whole, whole[body : body + size] as view:
+                request.view = view.toreadonly()
+            self._borrowed = request
+            self._last = lane.number
+            return request.view
+        return None
+
+    def _return(self, borrowed: Borrow) -> None:
+        """Doing it again, because an exception came in between, is harmless."""
+        if self._borrowed is not borrowed:
+            return
+        borrowed.end(self._segment.name)
+        if borrowed.take and borrowed.lane is not None:
+            self._free(borrowed.lane, borrowed.pos, borrowed.count)
+        elif borrowed.take and self._owed and self._owed[0] is borrowed.owed:
+            self._owed = self._owed[1:]
+        self._borrowed = None
+        assert self.parking is not None
+        self.parking.wake()  # this handle's other threads, which waited for it
+
     def _read_owed(self, request: ReadOne) -> bytes | int:
         message = self._owed[0]
         if len(message) > request.room:
@@ -823,10 +1067,16 @@ class Reader:
 
     def _serve(self, request: Any) -> Any:
         """Requests that are not for one message as it comes."""
+        if isinstance(request, (ReadRequest, Borrow)) and self._is_borrowed():
+            return None
         if type(request) is ReadBatch:
             return self._read_batch(request)
         if type(request) is ReadOne:
             return self._read_one(request)
+        if type(request) is Borrow:
+            return self._borrow(request)
+        if type(request) is Return:
+            return self._return(request.borrowed)
         assert type(request) is GiveBack
         self._owed = self._owed + request.messages
         self._make_good()
@@ -874,6 +1124,9 @@ class Reader:
                     if not alone:
                         lane.pos, lane.count = pos, count
                         lane, pos = none, end
+                        if self._borrowed is not None and self._is_borrowed():
+                            message = yield None
+                            continue
                         if self._owed:
                             message, self._owed = self._owed[0], self._owed[1:]
                             message = yield message

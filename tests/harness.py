@@ -163,6 +163,20 @@ class Actor:
         assert self.ring.write_many(messages) == len(messages)
         self.note(f"ack {which}")
 
+    def write_gathered(self, size=40):
+        (data,), which = self._try(size)
+        self.ring.writev([data[:10], memoryview(data)[10:]])
+        self.note(f"ack {which}")
+
+    def write_in_place(self, size=40, spare=0):
+        (data,), which = self._try(size)
+        room = self.ring.reserve(size + spare)
+        with room as view:
+            view[:size] = data
+            if spare:
+                room.commit(size)
+        self.note(f"ack {which}")
+
     def fill(self, size):
         while self.try_write(size):
             pass
@@ -180,6 +194,15 @@ class Actor:
         buffer = bytearray(room)
         size = self.ring.read(buffer)
         self.took(buffer[:size])
+
+    def read_in_place(self):
+        data = None
+        try:
+            with self.ring.borrow() as view:
+                data = bytes(view)
+        finally:
+            if data is not None:
+                self.took(data)  # an exception that comes at the end of the block takes it out as well
 
     def try_read(self):
         data = self.ring.try_read()

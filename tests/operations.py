@@ -62,6 +62,25 @@ class WriteManyLong(Writing):
         me.write_many(20_000, 20_000)
 
 
+class WriteGathered(Writing):
+    """A message of several buffers: joined, and too long for that."""
+
+    capacity = 65536
+
+    def operate(self, me):
+        me.write_gathered(40)
+        me.write_gathered(20_000)
+
+
+class WriteInPlace(Writing):
+    """Published at the end of the block, and before it with less than was reserved."""
+
+    def operate(self, me):
+        me.write_in_place(40)
+        me.write_in_place(40, spare=100)
+        me.write(40)
+
+
 class WritePads(Writing):
     """A message that does not fit before the lane's end: the padding is published first, on its own."""
 
@@ -170,6 +189,13 @@ class BlockedWrite(Writing):
         me.write(500)
 
 
+class BlockedWriteInPlace(BlockedWrite):
+    """The same in place."""
+
+    def operate(self, me):
+        me.write_in_place(500)
+
+
 class BlockedWriteMany(BlockedWrite):
     """The same with a batch, of which the first fits."""
 
@@ -218,6 +244,15 @@ class Read(Reading):
             me.read()
         me.read_into()
         me.try_read()
+
+
+class ReadInPlace(Reading):
+    """A message is out of the ring at the end of the block."""
+
+    def operate(self, me):
+        me.read_in_place()
+        me.read_in_place()
+        me.read()
 
 
 class ReadOneByOne(Reading):
@@ -562,7 +597,8 @@ CASES = {
     case.__name__: case()
     for case in (
         Write, FirstWrite, WriteMany, WriteManyLong, WritePads, WriteManyPads, WriteOnlyPads,
-        WriteFindsSleeper, WriteManyFindsSleeper, BlockedWrite, BlockedWriteMany,
+        WriteGathered, WriteInPlace, WriteFindsSleeper, WriteManyFindsSleeper,
+        BlockedWrite, BlockedWriteMany, BlockedWriteInPlace, ReadInPlace,
         Read, FirstRead, ReadOneByOne, ReadOverTheEnd, ReadManyOverTheEnd, ReadMany, ReadManyButNotAll, Iterate,
         ReadFreesWriter, ReadManyFreesWriter, BlockedRead, BlockedReadMany, BlockedIterate,
         Create, CreateOverAbandoned, CreateReplaces, Open, Close, CloseLast, Unlink,

@@ -700,6 +700,8 @@ METHODS = {
     "Writer._ring": "W5",
     "Writer._publish": "W2<W3 W3 W4 W5",
     "Writer._room": "W1 W1<W2 W2",
+    "Writer._gather": "W2 W2",
+    "Writer._commit": "W2",
     "Writer._write_batch": "W2 W2",
     "Writer._steps": "C1 W2 W2 W2<W3 W3 W4 W5",
     "Reader._make_good": "C1",
