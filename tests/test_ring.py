@@ -45,8 +45,12 @@ def drain(ring):
     return list(iter(ring.try_read, None))
 
 
+PATTERN = bytes(range(251))
+
+
 def payload(size, number=0):
-    return bytes((number * 7 + i) % 251 for i in range(size))
+    start = number * 7 % 251
+    return (PATTERN * ((start + size) // 251 + 1))[start : start + size]
 
 
 # ---------------------------------------------------------------- messages
