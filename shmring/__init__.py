@@ -10,13 +10,16 @@ from ._errors import (
     RingIncompatible,
     RingTimeout,
 )
-from ._ring import Ring, RingStats, unlink
+from ._ring import Borrowed, Doorbell, Reservation, Ring, RingStats, unlink
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Borrowed",
     "BufferTooSmall",
+    "Doorbell",
     "MessageTooLarge",
+    "Reservation",
     "Ring",
     "RingBusy",
     "RingClosed",

@@ -71,9 +71,9 @@ from typing import Final, NamedTuple
 from . import _layout, _libsystem
 from ._errors import RingBusy, RingCorrupted, RingIncompatible, naming
 from ._layout import Layout
+from ._posix import Doorbell, Doorbells, is_of, note_open
 from ._posix import follow_forks as follow_forks  # part of what a backend offers
 from ._posix import forking as _forking  # noqa: F401 - what tests count, beside the other two
-from ._posix import is_of, note_open
 from ._posix import living_segments as _segments
 from ._posix import owners as _owners
 from ._words import Fence, make_fence
@@ -356,6 +356,7 @@ class Segment:
         # shows it) or a bell (its offset). In here as soon as there is one, so that a fork knows of it.
         self._held = {}
         self._bells: dict[int, _Bell] = {}
+        self._doorbells = Doorbells()
         self._whole = False  # is `create` or `open` done?
         self._closed = False
         self._children: dict[int, list[int]] = {}  # by forking thread: what its child has for its presence
@@ -725,6 +726,12 @@ class Segment:
         """Wake who sleeps on a bell, or is about to; each one's queue remembers it."""
         if self._closed:
             return
+        _barrier()  # ORDER epoch before doorbell, as they were stored
+        state = self.words[(bell + _layout.DOORBELL) >> 3]
+        if state & _layout.ATTACHED:  # each is told by itself, so that it does not matter which is first
+            self._doorbells.ring(bell, state >> 2, self._doorbell_place)
+            if state & _layout.ALONE:
+                return
         try:
             mine = self._bell(bell)
             if not self._own(mine.fd):  # somebody closed our descriptors; the number may be a stranger's
@@ -739,6 +746,14 @@ class Segment:
                 # Full, and what was there before wakes nobody any more. A kill between the two is one before the ring.
                 with contextlib.suppress(BlockingIOError):
                     os.read(mine.fd, TRIM)
+
+    def doorbell(self, bell: int) -> Doorbell:
+        """Make what event loops can wait for, and `ring` rings too while the word beside the bell says so."""
+        with naming(self.name):
+            return Doorbell(*self._doorbell_place(bell), 0o600)
+
+    def _doorbell_place(self, bell: int) -> tuple[str, set[int]]:
+        return f"{self._home}/doorbell-{bell}", {os.geteuid()}
 
     def note(self, bell: int) -> object:
         """To be given to `wait`, which then returns also if the bell is rung before it is called."""
@@ -825,6 +840,7 @@ class Segment:
         if not keep:
             self.leave()
         self._closed = True
+        self._doorbells.close()
         self._let_go_of_all()
         for bell in list(self._bells.values()):
             bell.idle.clear()

@@ -36,7 +36,7 @@ message, the second when the lane's writer parks; a line is 128 bytes, because p
     136     8     writer_wanted    lane writer  the sleeper has room once read_pos has come to this
     144     4     writer_bell      the kernel   futex: FUTEX_WAKE_OP adds 1 and wakes, in one call; else zero
     148     4     -                -            zero
-    152     8     -                -            zero, for a doorbell
+    152     8     writer_doorbell  lane writer  bit 0: ring a doorbell too; bit 1: that one only; and a number
 
 Reader table, after the lanes' table: 256 bytes for each of `reader_slots` readers.
 
@@ -46,7 +46,7 @@ Reader table, after the lanes' table: 256 bytes for each of `reader_slots` reade
     16      8     -                -            zero, for a broadcast reader's state
     128     4     reader_bell      the kernel   futex, as writer_bell
     132     4     -                -            zero
-    136     8     -                -            zero, for a doorbell
+    136     8     reader_doorbell  reader       as writer_doorbell
 
 Cursor table, after the readers' table: `cursor_rows` rows of `writers` cursors, 128 bytes each.
 Readers that share a cursor (one, compete) have one row; broadcast readers have a row each.
@@ -93,7 +93,7 @@ from typing import Final, NamedTuple
 
 from ._errors import RingCorrupted, RingIncompatible
 
-LAYOUT_VERSION: Final = 1
+LAYOUT_VERSION: Final = 2
 MAGIC: Final = b"shmring\0"
 MACHINES: Final = {"x86_64": 1, "AMD64": 1, "aarch64": 2, "arm64": 2, "ARM64": 2}
 READERS: Final = {"one": 0}
@@ -112,9 +112,14 @@ WRITER_PARKS: Final = 16
 WRITER_PARKED: Final = 128
 WRITER_WANTED: Final = 136
 WRITER_BELL: Final = 144
+WRITER_DOORBELL: Final = 152
 READER_PARKED: Final = 0
 READER_PARKS: Final = 8
 READER_BELL: Final = 128
+READER_DOORBELL: Final = 136
+DOORBELL: Final = 8  # from a bell to what is said of its doorbell: these bits, and from 4 on a number
+ATTACHED: Final = 1
+ALONE: Final = 2
 READ_POS: Final = 0
 MESSAGES_OUT: Final = 8
 
@@ -272,6 +277,11 @@ def parse_header(header: bytes, segment_bytes: int | None, machine: str, name: s
 def is_kept(header: bytes) -> bool:
     """Does this header, of whatever version, ask for its name to stay? One that is too short may have done."""
     return len(header) < 52 or bool(struct.unpack_from("=I", header, 48)[0] & KEEP)
+
+
+def nonce_of(header: bytes) -> bytes:
+    """The nonce in a header, which no version has elsewhere."""
+    return header[64:80]
 
 
 def place(pos: int, read_pos: int, step: int, capacity: int) -> tuple[int, int]:

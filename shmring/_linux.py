@@ -13,6 +13,7 @@ import sys
 if sys.platform != "linux":
     raise ImportError(f"this is the Linux backend of shmring, not one for {sys.platform}")
 
+import contextlib
 import errno
 import fcntl
 import math
@@ -32,9 +33,9 @@ from typing import Final
 from . import _layout
 from ._errors import RingBusy, naming
 from ._layout import Layout
+from ._posix import Doorbell, Doorbells, is_of, note_open
 from ._posix import follow_forks as follow_forks  # part of what a backend offers
 from ._posix import forking as _forking  # noqa: F401 - what tests count, beside the other two
-from ._posix import is_of, note_open
 from ._posix import living_segments as _segments
 from ._posix import owners as _owners
 from ._words import Fence, make_fence
@@ -46,6 +47,7 @@ if sys.maxsize <= 2**32 or MACHINE not in ("x86_64", "aarch64"):
 
 DIRECTORY = "/dev/shm"
 PREFIX: Final = "shmring."
+DOORBELLS: Final = "shmbell."  # what the name of a doorbell's FIFO begins with
 REMOVER_TRIES: Final = 1000  # milliseconds that `create` gives another process to finish removing the name
 SLICE: float | None = 1.0  # seconds that the main thread sleeps at most before it looks for signals
 
@@ -168,6 +170,20 @@ def _path(name: str) -> str:
     return f"{DIRECTORY}/{PREFIX}{name}"
 
 
+def _doorbells(name: str, nonce: bytes) -> str:
+    """What the names of the FIFOs of this ring begin with."""
+    return f"{DOORBELLS}{name}.{nonce.hex()}."
+
+
+def _remove_doorbells(name: str, nonce: bytes) -> None:
+    """Remove what killed processes left, when nobody has the ring open."""
+    prefix = _doorbells(name, nonce)
+    with contextlib.suppress(OSError):  # no descriptor left, or they are another user's: they harm nobody
+        for entry in os.listdir(DIRECTORY):
+            if entry.startswith(prefix):
+                os.unlink(f"{DIRECTORY}/{entry}")
+
+
 def _leads_to(path: str, fd: int) -> bool:
     """Is the file under this name the one that is open here?"""
     try:
@@ -235,6 +251,7 @@ class Segment:
         self._whole = False  # is `create` or `open` done?
         self._identity: tuple[int, int] | None = None  # of the file, in case somebody closed our descriptors
         self._opening = []
+        self._doorbells = Doorbells()
         self._children: dict[int, list[int]] = {}  # by forking thread: the same descriptor for its child
         # In C, with the reference as pop's default: an interrupt in a callback in Python would be swallowed.
         _segments[id(self)] = weakref.ref(self, partial(_segments.pop, id(self)))
@@ -313,6 +330,7 @@ class Segment:
         """Open the file once more, for the locks alone."""
         status = os.fstat(fd)
         self._identity = status.st_dev, status.st_ino
+        self._owner = status.st_uid
         try:
             self._locks = self._open_again(fd, self._opening)
         except OSError as error:
@@ -409,6 +427,11 @@ class Segment:
 
     def ring(self, bell: int) -> None:
         """Add 1 to a bell and wake who sleeps on it, in one call: a kill cannot come in between."""
+        state = self.words[(bell + _layout.DOORBELL) >> 3]
+        if state & _layout.ATTACHED:  # each is told by itself, so that it does not matter which is first
+            self._doorbells.ring(bell, state >> 2, self._doorbell_place)
+            if state & _layout.ALONE:
+                return
         address = c_void_p(self._address + bell)
         # long futex(uint32_t *uaddr, FUTEX_WAKE_OP, int wake, int wake2, uint32_t *uaddr2, int op); futex(2)
         _quick(_FUTEX, address, _WAKE, _ALL, _NONE, address, _ADD_ONE)
@@ -431,7 +454,19 @@ class Segment:
         value = c_int(noted - (noted >> 31 << 32))
         _waiting(_FUTEX, c_void_p(self._address + bell), _WAIT, value, timeout, _NONE, _ANY)
 
-    wake = ring  # this handle's own threads sleep as all others do
+    def wake(self, bell: int) -> None:
+        """Have this handle's own threads return from `wait`: they sleep as all others do."""
+        self.ring(bell)
+
+    def doorbell(self, bell: int) -> Doorbell:
+        """Make what event loops can wait for, and `ring` rings too while the word beside the bell says so."""
+        with naming(self.name):
+            mode = stat.S_IMODE(os.fstat(self._locks).st_mode)
+            return Doorbell(*self._doorbell_place(bell), mode)
+
+    def _doorbell_place(self, bell: int) -> tuple[str, set[int]]:
+        """Its path, and whose it may be: who is trusted with the ring is trusted with its doorbells."""
+        return f"{DIRECTORY}/{_doorbells(self.name, self.layout.nonce)}{bell}", {os.geteuid(), 0, self._owner}
 
     # ------------------------------------------------------------ life and death
 
@@ -451,6 +486,7 @@ class Segment:
             _lock(fd, fcntl.F_UNLCK, _layout.PRESENCE)
             if not self.layout.keep and _lock(fd, fcntl.F_WRLCK, _layout.PRESENCE):
                 try:
+                    _remove_doorbells(self.name, self.layout.nonce)
                     _remove(self.name, fd)
                 except OSError:
                     pass  # another user's name, or read-only: it stays, and counts as not there
@@ -464,6 +500,7 @@ class Segment:
         """
         if not keep:
             self.leave()
+        self._doorbells.close()
         self._give_up_locks()
 
     def _give_up_locks(self) -> None:
@@ -535,7 +572,8 @@ def _clear_the_way(name: str, replace: bool) -> bool:
             raise FileExistsError(errno.EEXIST, error.strerror, name) from error
         if os.pread(fd, len(_layout.MAGIC), 0) != _layout.MAGIC:
             raise FileExistsError(errno.EEXIST, f"{_path(name)} exists and is no ring; it is left alone", name)
-        kept = _layout.is_kept(os.pread(fd, _layout.HEADER_BYTES, 0))
+        header = os.pread(fd, _layout.HEADER_BYTES, 0)
+        kept = _layout.is_kept(header)
         if kept and not replace:
             what = "a kept ring of this name exists; open it, unlink it, or pass replace=True"
             raise FileExistsError(errno.EEXIST, what, name)
@@ -544,6 +582,7 @@ def _clear_the_way(name: str, replace: bool) -> bool:
             if replace:
                 raise RingBusy(f"ring {name!r} cannot be replaced: somebody has it open")
             raise FileExistsError(errno.EEXIST, "a ring of this name exists and somebody has it open", name)
+        _remove_doorbells(name, _layout.nonce_of(header))
         _remove(name, passing._locks)
         return not _leads_to(_path(name), fd)
     finally:

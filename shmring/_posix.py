@@ -13,7 +13,9 @@ if sys.platform == "win32":
     raise ImportError("shmring's POSIX backends are not for Windows")
 
 import contextlib
+import errno
 import os
+import stat
 import threading
 import weakref
 from collections.abc import Callable
@@ -44,6 +46,104 @@ def note_open(noted: list[int], path: str, flags: int, mode: int = 0o600) -> int
     """os.open whose descriptor is noted in one call in C: an exception of a signal handler cannot lose it."""
     noted.extend(map(os.open, [path], [flags], [mode]))
     return noted[-1]
+
+
+class Doorbell:
+    """A FIFO that is written to when a bell is rung: event loops can wait for it. See fifo(7).
+
+    Both ends are open wherever it is: who comes and goes changes nothing, and nobody gets SIGPIPE. It goes with the
+    last reference, or by `close`.
+    """
+
+    def __init__(self, path: str, trusted: set[int], mode: int | None = None) -> None:
+        """Open it, after making it with this `mode` where there is none. It is to be a `trusted` user's."""
+        self._noted: list[int] = []
+        self._path = path
+        made = False
+        if mode is not None:
+            with contextlib.suppress(FileExistsError):  # left by who was killed: nobody else has this role now
+                os.mkfifo(path, mode)
+                made = True
+        fd = note_open(self._noted, path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+        status = os.fstat(fd)
+        self._device, self._inode = status.st_dev, status.st_ino
+        if not stat.S_ISFIFO(status.st_mode) or status.st_uid not in trusted:
+            what = f"{path} is to be a FIFO of a user who may be trusted; it is left alone"
+            raise PermissionError(errno.EPERM, what, path)
+        if made and mode is not None:
+            os.fchmod(fd, mode)  # whatever the umask
+
+    def fileno(self) -> int:
+        """Its descriptor.
+
+        Raises:
+            OSError: EBADF: it is closed, or was closed behind our back.
+        """
+        if not self.is_open():
+            raise OSError(errno.EBADF, "this doorbell was closed, maybe behind its back", self._path)
+        return self._noted[0]
+
+    def is_open(self) -> bool:
+        """Has nobody closed it?"""
+        return bool(self._noted) and is_of(self._noted[0], (self._device, self._inode))
+
+    def ring(self) -> bool:
+        """Make it readable; False if somebody closed it."""
+        try:
+            fd = self._noted[0]
+            status = os.fstat(fd)  # a stranger's, that has the number now, is not to be written to
+            if status.st_ino != self._inode or status.st_dev != self._device:
+                return False
+            os.write(fd, b"!")
+        except BlockingIOError:
+            pass  # it is full: readable
+        except (IndexError, OSError):
+            return False
+        return True
+
+    def heard(self) -> bool:
+        """Make it unreadable; was it readable? If it was rung some hundred times it may be readable yet."""
+        try:
+            return bool(os.read(self._noted[0], 512))
+        except BlockingIOError:
+            return False
+
+    def remove(self) -> None:
+        """Remove its name, while its role is held. Who has it open does not notice."""
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            os.unlink(self._path)
+
+    def close(self) -> None:
+        """Close it. Its name stays."""
+        while self._noted:
+            ours = self.is_open()
+            fd = self._noted.pop()
+            if ours:
+                os.close(fd)
+
+    __del__ = close
+
+
+class Doorbells:
+    """Those of a ring's sleepers, as who rings them has them: by bell, with the number that each had."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, tuple[int, Doorbell]] = {}
+
+    def ring(self, bell: int, number: int, where: Callable[[int], tuple[str, set[int]]]) -> None:
+        """Ring the one of this number, if it is there: `where` gives what `Doorbell` takes."""
+        known, doorbell = self._open.get(bell, (0, None))
+        if doorbell is None or known != number or not doorbell.ring():
+            try:
+                doorbell = Doorbell(*where(bell))
+            except (FileNotFoundError, PermissionError):  # it has just gone; or it is not what we are to write to
+                return
+            self._open[bell] = number, doorbell
+            doorbell.ring()
+
+    def close(self) -> None:
+        """Close all."""
+        self._open.clear()
 
 
 living_segments: dict[int, weakref.ref[Segment]] = {}

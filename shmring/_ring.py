@@ -7,11 +7,13 @@ one thread enters at a time and that never waits; so everything that waits is he
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import sys
 import time
+import types
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
@@ -41,6 +43,8 @@ from ._words import (
 )
 
 if TYPE_CHECKING:
+    from ._loop import Watch
+
     if sys.version_info >= (3, 12):
         from collections.abc import Buffer
     else:
@@ -140,6 +144,8 @@ class Ring:
         self._ending = Monitor(partial(_ending, *sides, self._segment), sides)
         self._send = self._writer.monitor.steps.send
         self._messages = self._reader.monitor.steps
+        self._announcing = False  # has the reading side a doorbell, so that `try_read` is to arm it?
+        self._watches: dict[Writer | Reader, Watch] = {}  # by the side that tasks wait for
 
     # ------------------------------------------------------------ making and finding
 
@@ -280,15 +286,19 @@ class Ring:
         """
         if type(data) is not bytes:
             data = _flat(data)
+        return self._offer(data) is None
+
+    def _offer(self, data: Any) -> int | None:
+        """Append a message if there is room, or say which read_pos is wanted."""
         try:
-            answer = self._send(data)  # as in `write`
+            answer: int | None = self._send(data)  # as in `write`
         except StopIteration:
             answer = self._enter_writer(data)
         except ValueError as error:
             if error.args != BUSY:
                 raise
             answer = self._enter_writer(data)
-        return answer is None
+        return answer
 
     def write_many(self, messages: Iterable[Buffer], *, timeout: float | None = None) -> int:
         """Append messages in their order, much faster than one by one.
@@ -473,6 +483,12 @@ class Ring:
 
     def try_read(self) -> bytes | None:
         """Remove and return one message if there is one, else None. Raises what `read` raises, but RingTimeout."""
+        message = self._take()
+        while message is None and self._announcing and not self._arm(self._reader):
+            message = self._take()
+        return message
+
+    def _take(self) -> bytes | None:
         message: Any = None
         try:
             for message in self._messages:  # as in `read`
@@ -505,11 +521,7 @@ class Ring:
 
         If this process dies inside the call, the batch is in the ring, or some lanes' share of it is taken.
         """
-        if max_messages is None:
-            max_messages = sys.maxsize
-        elif not isinstance(max_messages, int) or max_messages < 1:
-            raise ValueError(f"max_messages is None or at least 1, not {max_messages!r}")
-        request = ReadBatch(max_messages)
+        request = _read_batch(max_messages)
         try:
             answer: list[bytes] = self._await(request, _deadline(timeout))
         except BaseException:
@@ -566,6 +578,171 @@ class Ring:
 
     def __iter__(self) -> Iterator[bytes]:
         return self.messages()
+
+    # ------------------------------------------------------------ event loops
+
+    def attach_doorbell(self) -> Doorbell:
+        """Take the reader's role, and have something that any event loop can wait for.
+
+        Its descriptor is sure to become readable when a message comes only after `try_read` has returned None (or a
+        read has raised RingTimeout): that makes it unreadable, announces this reader as asleep, and looks again. So:
+        take messages until there is none, then wait. It may be readable with nothing there. Attaching
+        again does nothing. Tasks of asyncio need none of this; see `read_async`.
+
+        Raises:
+            RingBusy: Another handle is this ring's reader.
+            RingClosed: The handle is closed.
+            OSError: ENOSYS: the system gives writers no fence (see `backend`), so nothing could be sure. Or there is
+                no descriptor left, or the like.
+        """
+        parking = self._parking_of_reader()
+        if parking.doorbell is None:
+            if not self._segment.sleeper_fence():
+                raise OSError(errno.ENOSYS, f"a doorbell is not sure here ({self.backend})", self.name)
+            try:
+                parking.attach()
+            except MonitorClosed:
+                raise self._is_closed() from None
+        self._announcing = True
+        return Doorbell(self)
+
+    def fileno(self) -> int:
+        """The descriptor of this handle's doorbell (on Windows a handle), for selectors; attached if there is none."""
+        self.attach_doorbell()
+        doorbell = self._parking_of_reader().doorbell
+        assert doorbell is not None
+        return doorbell.fileno()
+
+    def wait_doorbell(self, timeout: float | None = None) -> bool:
+        """Wait until there is something to read, and take nothing. It needs no doorbell.
+
+        Args:
+            timeout: Seconds to wait at most. None waits for ever, 0 (or less) not at all.
+
+        Returns:
+            False if the time was up. Else there is a message, unless another thread of this handle takes it.
+
+        Raises:
+            RingBusy: Another handle is this ring's reader.
+            RingClosed: The handle is closed, maybe by another thread meanwhile.
+        """
+        deadline = _deadline(timeout)
+        parking, reader = self._parking_of_reader(), self._reader
+
+        def attempt() -> bool:
+            return not reader.nothing()
+
+        self._spin_on(attempt, self._read_spin, deadline)
+        try:
+            self._wait(attempt, parking, reader.nothing, lambda: 0, deadline, "no message in")
+        except RingTimeout:
+            return False
+        return True
+
+    async def read_async(self, *, timeout: float | None = None) -> bytes:
+        """`read` for tasks of asyncio: others run while it waits, with no helper thread.
+
+        A task that is cancelled has taken nothing. Any loop that has ``add_reader``; on Windows the ProactorEventLoop.
+
+        Raises:
+            RingTimeout: No message came in time. And what else `read` raises.
+            NotImplementedError: On Windows, in another loop.
+        """
+        return await self._await_async(self._take, timeout)  # type: ignore[no-any-return]
+
+    async def read_many_async(self, max_messages: int | None = None, *, timeout: float | None = None) -> list[bytes]:
+        """`read_many` for tasks of asyncio; see `read_async`."""
+        request = _read_batch(max_messages)
+
+        def take() -> list[bytes] | None:
+            try:
+                batch: list[bytes] | None = self._enter_reader(request)
+            except BaseException:
+                self._reader.give_back(request)
+                raise
+            return batch
+
+        return await self._await_async(take, timeout)  # type: ignore[no-any-return]
+
+    async def _await_async(self, take: Callable[[], Any], timeout: float | None) -> Any:
+        """What `take` gives, which is taken and returned with nothing in between that could be cancelled."""
+        deadline = None if timeout is None else _deadline(timeout)
+        reader = self._reader
+        watch = self._watches.get(reader)
+        if watch is None:
+            watch = self._watch(reader, self._parking_of_reader(), lambda needs: reader.nothing())
+        if watch.is_time_to_pause():
+            await _let_others_run()
+        while True:
+            answer = take()
+            if answer is not None:
+                return answer
+            if deadline is not None and time.perf_counter() >= deadline:
+                raise RingTimeout(f"no message in ring {self.name!r} within the timeout")
+            try:
+                await watch.wait(0, deadline)
+            except MonitorClosed:
+                raise self._is_closed() from None
+
+    async def write_async(self, data: Buffer, *, timeout: float | None = None) -> None:
+        """`write` for tasks of asyncio: others run while it waits for room. One that is cancelled has written nothing.
+
+        Raises:
+            RingTimeout: There was no room in time; nothing was written. And what else `write` raises.
+            NotImplementedError: As for `read_async`.
+        """
+        deadline = None if timeout is None else _deadline(timeout)
+        if type(data) is not bytes:
+            data = _flat(data)
+        writer = self._writer
+        watch = self._watches.get(writer)
+        if watch is not None and watch.is_time_to_pause():
+            await _let_others_run()
+        while True:
+            wanted = self._offer(data)
+            if wanted is None:
+                return
+            if deadline is not None and time.perf_counter() >= deadline:
+                raise RingTimeout(f"no room in ring {self.name!r} within the timeout")
+            if watch is None:
+                if writer.parking is None:
+                    raise self._is_closed()
+                watch = self._watch(writer, writer.parking, writer.nothing)
+            try:
+                await watch.wait(wanted, deadline)
+            except MonitorClosed:
+                raise self._is_closed() from None
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        """``async for message in ring``, until the handle is closed. Leaving the loop or being cancelled loses none."""
+        return _AsyncMessages(self)
+
+    def _parking_of_reader(self) -> Parking:
+        """Where the reading side sleeps; the role is ours then."""
+        reader = self._reader
+        if reader.parking is None:
+            self._enter_reader(GiveBack([]))
+        if reader.parking is None:
+            raise self._is_closed()
+        return reader.parking
+
+    def _arm(self, reader: Reader) -> bool:
+        assert reader.parking is not None
+        try:
+            return reader.parking.arm(reader.nothing, 0)
+        except MonitorClosed:
+            raise self._is_closed() from None
+
+    def _watch(self, side: Writer | Reader, parking: Parking, nothing: Callable[[int], bool]) -> Watch:
+        from ._loop import Watch  # asyncio takes longer to import than all of this package
+
+        try:
+            watch = self._watches.setdefault(side, Watch(parking, nothing))
+        except MonitorClosed:
+            raise self._is_closed() from None
+        if side is self._reader:
+            self._announcing = True
+        return watch
 
     def _enter_reader(self, request: Any) -> Any:
         monitor = self._reader.monitor
@@ -639,6 +816,8 @@ class Ring:
         """Attempt until it succeeds, and sleep in between."""
         while not attempt():
             if deadline is not None and time.perf_counter() >= deadline:
+                if self._announcing and parking is self._reader.parking and not self._arm(self._reader):
+                    continue
                 raise RingTimeout(f"{what} ring {self.name!r} within the timeout")
             try:
                 parking.park(nothing, needs(), deadline)
@@ -660,12 +839,21 @@ class Ring:
         if not self._closed:
             with suppress(MonitorClosed):  # another thread was first
                 self._ending.enter("close")
+            for side in (self._writer, self._reader):
+                self._close_doorbell(side)
             self._closed = True
             _open_rings.pop(id(self), None)
             # The memory goes now, also if somebody keeps this handle: threads that are inside have what they need.
             remains: Any = _Remains(self._segment)
             self._segment = self._writer = self._reader = remains
             self._ending, self._send, self._messages = _NOBODY, _NOBODY.steps.send, _NOBODY.steps
+
+    def _close_doorbell(self, side: Writer | Reader) -> None:
+        watch = self._watches.pop(side, None)
+        if watch is not None:
+            watch.close()
+        elif side.parking is not None and side.parking.doorbell is not None:
+            side.parking.doorbell.close()
 
     def unlink(self) -> None:
         """Remove the ring's name, if it still leads to this very ring. Open handles stay as they are.
@@ -771,6 +959,43 @@ class Ring:
             writer_parks=sum(column(lanes, _layout.WRITER_PARKS)),
             reader_parks=words[(layout.readers_offset + _layout.READER_PARKS) >> 3],
         )
+
+
+@types.coroutine
+def _let_others_run() -> Generator[None, None, None]:
+    """Have a task's loop run the others once."""
+    yield
+
+
+class Doorbell:
+    """What an event loop waits for; see `Ring.attach_doorbell`. It lives as long as its ring's handle is open."""
+
+    def __init__(self, ring: Ring) -> None:
+        self._ring = ring
+
+    def fileno(self) -> int:
+        """Its descriptor (on Windows a handle). RingClosed if the handle is closed."""
+        return self._ring.fileno()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """As `Ring.wait_doorbell`."""
+        return self._ring.wait_doorbell(timeout)
+
+
+class _AsyncMessages:
+    """The messages of a ring as they come, for ``async for``."""
+
+    def __init__(self, ring: Ring) -> None:
+        self._ring = ring
+
+    def __aiter__(self) -> _AsyncMessages:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            return await self._ring.read_async()
+        except RingClosed:
+            raise StopAsyncIteration from None
 
 
 class _InPlace:
@@ -962,6 +1187,14 @@ def _flat(data: Any) -> bytes | memoryview:
         return view.tobytes()
 
 
+def _read_batch(max_messages: Any) -> ReadBatch:
+    if max_messages is None:
+        max_messages = sys.maxsize
+    elif not isinstance(max_messages, int) or max_messages < 1:
+        raise ValueError(f"max_messages is None or at least 1, not {max_messages!r}")
+    return ReadBatch(max_messages)
+
+
 def _read_into(buf: Any, max_len: Any) -> ReadOne:
     view = None
     if buf is not None:
@@ -1024,6 +1257,9 @@ def _take_up_all() -> None:
     """In a forked child: begin anew, with no role."""
     for ring in _rings():
         if not ring._closed:
+            for side in (ring._writer, ring._reader):
+                if side.parking is not None and side.parking.doorbell is not None:
+                    side.parking.doorbell.close()  # the parent's; its loops' tasks are the parent's as well
             ring._take_up()
     _leave_with_multiprocessing()
 

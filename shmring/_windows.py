@@ -135,6 +135,11 @@ _set_event = _quick["SetEvent"]
 _set_event.argtypes = (c_void_p,)
 _set_event.restype = c_int
 
+# BOOL ResetEvent(HANDLE hEvent);
+_reset_event = _quick["ResetEvent"]
+_reset_event.argtypes = (c_void_p,)
+_reset_event.restype = c_int
+
 # HANDLE CreateMutexW(LPSECURITY_ATTRIBUTES, BOOL bInitialOwner, LPCWSTR lpName);
 _create_mutex = _quick["CreateMutexW"]
 _create_mutex.argtypes = (c_void_p, c_int, c_wchar_p)
@@ -276,6 +281,42 @@ def unlink(name: str) -> None:
     passing._change_the_name(forget)
 
 
+class Doorbell:
+    """An event that stays set from when a bell is rung until it is heard: event loops can wait for it."""
+
+    def __init__(self, event: Handle) -> None:
+        self._event: Handle | None = event
+
+    def fileno(self) -> int:
+        """The event's handle, for WaitForSingleObject and the like.
+
+        Raises:
+            OSError: EBADF: it is closed.
+        """
+        if self._event is None:
+            raise OSError(errno.EBADF, "this doorbell is closed")
+        return int(self._event.value or 0)
+
+    def ring(self) -> bool:
+        """Set it."""
+        return bool(_set_event(self.fileno()))
+
+    def heard(self) -> bool:
+        """Reset it; was it set? One that is set in between is of before: who hears announces itself anew after it."""
+        event = self.fileno()
+        heard = bool(_poll(event, 0) == WAIT_OBJECT_0)
+        if heard:
+            _reset_event(event)
+        return heard
+
+    def remove(self) -> None:
+        """It has no name that outlives it."""
+
+    def close(self) -> None:
+        """Close it."""
+        self._event = None
+
+
 class Segment:
     """The shared memory of one handle, and its kernel objects. See `_backend.Segment` for what it promises."""
 
@@ -290,6 +331,7 @@ class Segment:
         self._claims: dict[int, Handle] = {}
         # Waiting. Each thread that waits has an event of its own, its alarm, besides the bell that they share.
         self._bells: dict[int, Handle] = {}
+        self._doorbells: dict[int, Doorbell] = {}  # by bell; of its sleeper
         self._heard: dict[int, object] = {}  # by bell; another object each time that it was heard
         self._asleep: dict[int, dict[int, Handle]] = {}  # by bell; the alarms of who may be waiting, by number
         self._alarms: list[Handle] = []  # that nobody uses now
@@ -516,7 +558,21 @@ class Segment:
 
     def ring(self, bell: int) -> None:
         """Wake who sleeps on a bell, or the next one who will; the event remembers it."""
-        _set_event(self._bell(bell))
+        state = self.words[(bell + _layout.DOORBELL) >> 3]
+        if not state & _layout.ALONE:
+            _set_event(self._bell(bell))
+        if state & _layout.ATTACHED:
+            doorbell = self._doorbells.get(bell)
+            if doorbell is None:
+                doorbell = self._doorbells.setdefault(bell, self.doorbell(bell))
+            doorbell.ring()
+
+    def doorbell(self, bell: int) -> Doorbell:
+        """Make what event loops can wait for, and `ring` rings too while the word beside the bell says so."""
+        event = _create_event(None, MANUAL_RESET, UNSET, f"{self._of('doorbell')}-{bell}")
+        if not event:
+            raise _failure("cannot create the event of a doorbell", self.name)
+        return Doorbell(event)
 
     def note(self, bell: int) -> object:
         """To be given to `wait`, which then returns also if the bell is heard before it is called."""

@@ -79,6 +79,16 @@ _GAPS = tuple(bytes(-size & 7) for size in range(8))
 Fence = Optional[Callable[[], None]]
 
 
+class Doorbell(Protocol):
+    """What an event loop can wait for. `_backend.py` says what it promises."""
+
+    def fileno(self) -> int: ...
+    def ring(self) -> bool: ...
+    def heard(self) -> bool: ...
+    def remove(self) -> None: ...
+    def close(self) -> None: ...
+
+
 class Segment(Protocol):
     """What the protocol needs of the operating system. `_backend.py` says what it promises."""
 
@@ -98,6 +108,7 @@ class Segment(Protocol):
     def note(self, bell: int) -> object: ...
     def wait(self, bell: int, noted: Any, deadline: float | None) -> None: ...
     def wake(self, bell: int) -> None: ...
+    def doorbell(self, bell: int) -> Doorbell: ...
 
 
 def make_fence(tso: bool) -> Callable[[], None]:
@@ -343,6 +354,9 @@ def _records(size: int, number: int) -> struct.Struct:
 # ---------------------------------------------------------------- falling asleep and waking up
 
 
+ATTACH: Final = object()  # to a `Parking`'s monitor
+
+
 def _make_even(words: memoryview, epoch: int) -> None:
     words[epoch] = words[epoch] + (words[epoch] & 1) & WORD
 
@@ -352,22 +366,44 @@ class Parking:
 
     They all sleep on one bell; `parked` is odd while there is one. An entry that an exception left
     behind in `_sleepers` keeps it odd, which costs each waker one ring and nothing else.
+
+    A doorbell is one sleeper more, for all that wait in event loops: S1 to S4 are `arm`, S5 is theirs, S6 is
+    `disarm`. It is rung as the bell is, once per epoch by each waker. Whether it was is known by the doorbell alone,
+    and is asked before an epoch is begun: what is heard after that is of the new one, or for nothing.
+
+    Attributes:
+        doorbell: There is one since `attach`.
+        fenced: Wakers could be made to fence when the doorbell was armed. Else it may stay silent; look again soon.
     """
 
     def __init__(self, segment: Segment, parked: int, parks: int, bell: int, wanted: int = 0) -> None:
         self._segment = segment
         self._parked, self._parks, self._bell, self._wanted = parked >> 3, parks >> 3, bell, wanted >> 3
         self._sleepers: dict[object, int] = {}  # what each needs
-        _make_even(segment.words, self._parked)  # the last one here may have died asleep; epochs go on from there
+        self.doorbell: Doorbell | None = None
+        self.fenced = True
+        self._armed = -1  # what the doorbell's epoch was begun for; -1: it has none, or was rung
+        # The last one here may have died asleep, or with a doorbell; the numbers go on from there.
+        _make_even(segment.words, self._parked)
+        self._state = (bell + _layout.DOORBELL) >> 3
+        segment.words[self._state] = segment.words[self._state] & ~3 & WORD
         self._monitor = Monitor(self._steps)
 
     def _steps(self) -> Generator[Any, Any, None]:
         words, note, sleepers = self._segment.words, self._segment.note, self._sleepers
         order = self._segment.order_fence()
-        parked = self._parked
+        parked, state = self._parked, self._state
         noted: object = None
         while True:
             sleeper, needs = yield noted
+            if sleeper is ATTACH:
+                if self.doorbell is None:
+                    doorbell = self._segment.doorbell(self._bell)
+                    doorbell.heard()  # what was rung for who had it before
+                    # Another number each time: wakers open it anew.
+                    words[state] = (words[state] >> 2) + 1 << 2 & WORD | _layout.ATTACHED
+                    self.doorbell = doorbell
+                continue
             if needs is None:
                 sleepers.pop(sleeper, None)
                 if not sleepers:
@@ -377,6 +413,9 @@ class Parking:
             sleepers[sleeper] = needs
             if self._wanted:
                 words[self._wanted] = min(sleepers.values())
+            if self.doorbell is not None:
+                alone = _layout.ALONE if len(sleepers) == 1 and self.doorbell in sleepers else 0
+                words[state] = words[state] & ~_layout.ALONE & WORD | alone
             # Else the bell that is noted may be one that was rung for this epoch already, by a waker that
             # will not ring again; and who sees the epoch might not see what it waits for.
             if order:
@@ -400,23 +439,62 @@ class Parking:
             with suppress(MonitorClosed):  # who waits finds out; here it would replace what a signal handler raised
                 self._monitor.enter((sleeper, None))
 
+    def attach(self) -> Doorbell:
+        """Have a doorbell, if there is none yet."""
+        self._monitor.enter((ATTACH, None))
+        assert self.doorbell is not None
+        return self.doorbell
+
+    def arm(self, nothing: Callable[[], bool], needs: int, heard: bool | None = None) -> bool:
+        """Have the doorbell ring for all that comes from now on. False: there is something already.
+
+        Who is told when the doorbell rings, and calls `hear` then, says that it was not `heard`: that spares a look.
+        """
+        doorbell = self.doorbell
+        assert doorbell is not None
+        # An exception in here, or another thread, makes the next one begin an epoch; one too many harms nobody.
+        armed, self._armed = self._armed, -1
+        rung = doorbell.heard() if heard is None else heard
+        if rung or armed != needs:
+            self._monitor.enter((doorbell, needs))  # begins an epoch, by S1 and S2
+            self.fenced = self._segment.sleeper_fence()  # S3
+        self._armed = needs
+        return nothing()  # S4
+
+    def hear(self) -> None:
+        """The doorbell was rung: make it silent. It is armed no more."""
+        self._armed = -1
+        if self.doorbell is not None:
+            self.doorbell.heard()
+
+    def disarm(self) -> None:
+        """Have nobody ring the doorbell until it is armed again: what comes will be looked for."""
+        self._armed = -1
+        with suppress(MonitorClosed):
+            self._monitor.enter((self.doorbell, None))  # ends the epoch, if no thread sleeps, by S6
+
     def wake(self) -> None:
-        """Have this handle's own threads look again, if any sleeps."""
+        """Have this handle's own threads and loops look again, if any sleeps."""
         if self._sleepers:
             self._segment.wake(self._bell)
+            if self.doorbell is not None:
+                self.doorbell.ring()
 
     def refuse_reentry(self) -> None:
         """Raise RuntimeError if this thread is inside, further up its stack."""
         self._monitor.refuse_reentry()
 
     def close(self) -> None:
-        """Wake this handle's threads, and never write the words again."""
+        """Wake this handle's threads, and never write the words again. The doorbell stays open, for who waits."""
         try:
             self._sleepers.clear()
             self._monitor.enter((None, None))
         except MonitorClosed:
             pass
         self._monitor.close()
+        if self.doorbell is not None:
+            self._segment.words[self._state] = self._segment.words[self._state] & ~3 & WORD
+            self.doorbell.remove()  # while the role is ours
         self._segment.wake(self._bell)
 
 

@@ -56,7 +56,7 @@ def test_the_header_table_covers_the_header_without_gap_or_overlap():
 def test_the_header_is_packed_as_the_table_says():
     expected = {
         "magic": _layout.MAGIC,
-        "layout_version": 1,
+        "layout_version": 2,
         "machine": 1,
         "segment_bytes": LAYOUT.segment_bytes,
         "capacity": 3 * 4096,
@@ -93,7 +93,7 @@ def test_each_word_of_a_table_has_a_constant_and_lies_alone(table, block):
         end = offset + size
         if name != "-":
             assert getattr(_layout, name.upper()) == offset
-            assert size == (4 if name.endswith("bell") else 8)
+            assert size == (4 if name.endswith("_bell") else 8)
     assert end <= getattr(_layout, f"{block}_BYTES")
     # What one side stores with each message shares no pair of cache lines with what is stored when parking.
     assert {offset // 128 for offset, _, name in rows if name in ("write_pos", "messages_in")} <= {0}
@@ -103,7 +103,8 @@ def test_each_word_of_a_table_has_a_constant_and_lies_alone(table, block):
 def test_every_constant_of_a_word_is_in_the_tables():
     documented = {name.upper() for rows in tables().values() for _, _, name in rows}
     words = {"WRITE_POS", "MESSAGES_IN", "WRITER_PARKS", "WRITER_PARKED", "WRITER_WANTED", "WRITER_BELL"}
-    assert words | {"READER_PARKED", "READER_PARKS", "READER_BELL", "READ_POS", "MESSAGES_OUT"} <= documented
+    words |= {"READER_PARKED", "READER_PARKS", "READER_BELL", "READER_DOORBELL", "WRITER_DOORBELL"}
+    assert words | {"READ_POS", "MESSAGES_OUT"} <= documented
 
 
 @pytest.mark.parametrize("writers", [1, 2, 3, 64, 4096])
@@ -151,7 +152,7 @@ def test_two_layouts_never_have_the_same_nonce():
 
 @pytest.mark.parametrize("pokes, error, text", [
     ({"magic": 0}, RingIncompatible, "no shmring ring"),
-    ({"layout_version": 2}, RingIncompatible, "layout version 2, .* version 1"),
+    ({"layout_version": 3}, RingIncompatible, "layout version 3, .* version 2"),
     ({"machine": 2}, RingIncompatible, "machine kind 2, this is 1"),
     ({"machine": 99}, RingIncompatible, "machine kind 99"),
     ({"readers": 2}, RingIncompatible, "readers of kind 2"),

@@ -697,6 +697,7 @@ def test_what_is_there_for_good_measure(spare, mode):
 METHODS = {
     "Parking._steps": "S6 S1 S1<S2 S2",
     "Parking.park": "S3 S4 S5",
+    "Parking.arm": "S3 S4",
     "Writer._ring": "W5",
     "Writer._publish": "W2<W3 W3 W4 W5",
     "Writer._room": "W1 W1<W2 W2",

@@ -1,0 +1,171 @@
+"""Waiting in event loops: the tasks that wait for one side of a handle, and its doorbell in their loops.
+
+A task that finds nothing puts itself down, arms the doorbell, and sleeps; whoever hears the doorbell wakes all that
+are put down, and each tries again. What a task waits for is taken by itself, when it runs: one that is
+cancelled has taken nothing. The doorbell is heard, that is emptied, before any of them looks: what comes after that
+rings it again once they have found nothing and armed it.
+
+This module is imported with the first task that waits, because asyncio takes longer to import than all the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any, Final
+
+from ._words import Doorbell, Parking
+
+BURST: Final = 64  # messages that a task gets, or writes, without letting the loop's others run
+BUSY: Final = 4  # messages after which it is a stream: the other side need not ring until there is nothing
+LOOK_AGAIN: Final = 0.001  # seconds, where wakers cannot be made to fence; see `Parking.park`
+
+_Waiting = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]", int]
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *args: object) -> bool:
+    """Have this called in a loop, at once if it is this thread's or does not run. False: it is closed."""
+    with suppress(RuntimeError):
+        here = asyncio._get_running_loop()
+        if here is loop or (not loop.is_running() and not loop.is_closed()):
+            call(*args)
+        else:
+            loop.call_soon_threadsafe(call, *args)
+        return True
+    return False
+
+
+class Watch:
+    """The tasks that wait for a side of a handle, in any number of loops, whose doorbell is attached."""
+
+    def __init__(self, parking: Parking, nothing: Callable[[int], bool]) -> None:
+        """`nothing` says whether there is nothing for who needs so much."""
+        self._parking = parking
+        self._nothing = nothing
+        self._doorbell: Doorbell = parking.attach()
+        self._waiting: list[_Waiting] = []
+        self._listening: list[asyncio.AbstractEventLoop] = []
+        self._quick = 0  # times that nobody had to wait, one after another
+        self.closed = False
+
+    def is_time_to_pause(self) -> bool:
+        """To be asked by each task before it tries: one that never has to wait would keep the loop to itself."""
+        self._quick = quick = self._quick + 1
+        if quick < BUSY:
+            return False
+        if quick == BUSY:
+            self._parking.disarm()
+        elif quick > BURST:
+            self._quick = BUSY
+            return True
+        return False
+
+    async def wait(self, needs: int, deadline: float | None) -> None:
+        """Sleep while there is nothing, until `deadline` (time.perf_counter), or for no reason at all.
+
+        Raises:
+            MonitorClosed: The handle is closed.
+        """
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        entry = loop, future, needs
+        timer = None
+        self._quick = 0
+        # First put down, then armed: who hears the doorbell in another thread's loop wakes those who are.
+        self._waiting.append(entry)
+        try:
+            self._listen(loop)
+            if len(self._waiting) > 1:
+                needs = min([needs, *(other for _, _, other in list(self._waiting))])
+            if not self._parking.arm(partial(self._nothing, needs), needs, False) or self.closed:
+                return
+            if not self._parking.fenced:
+                soon = time.perf_counter() + LOOK_AGAIN
+                deadline = soon if deadline is None else min(soon, deadline)
+            if deadline is not None:
+                timer = loop.call_later(max(0.0, deadline - time.perf_counter()), _set, future)
+            await future
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if entry in self._waiting:
+                with suppress(ValueError):
+                    self._waiting.remove(entry)
+
+    def _wake(self, here: asyncio.AbstractEventLoop | None = None) -> None:
+        waiting = self._waiting
+        while waiting:
+            try:
+                loop, future, _ = waiting.pop()
+            except IndexError:  # another thread's loop was faster
+                return
+            if loop is here:
+                _set(future)
+            else:
+                _tell(loop, _set, future)
+
+    def _heard(self) -> None:
+        if not self.closed:
+            self._parking.hear()
+            self._wake(asyncio._get_running_loop())
+
+    def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Have the loop call `_heard` when the doorbell was rung."""
+        if loop in self._listening:
+            return
+        for other in list(self._listening):
+            if other.is_closed():
+                with suppress(ValueError):
+                    self._listening.remove(other)
+        if sys.platform == "win32":
+            self._listen_once(loop)
+        else:
+            loop.add_reader(self._doorbell.fileno(), self._heard)
+        self._listening.append(loop)
+
+    def _listen_once(self, loop: asyncio.AbstractEventLoop) -> None:
+        """On Windows a handle can be waited for by the proactor alone, once, and by a call of its own."""
+        wait_for_handle = getattr(getattr(loop, "_proactor", None), "wait_for_handle", None)
+        if wait_for_handle is None:
+            kind = type(loop).__name__
+            raise NotImplementedError(f"on Windows a ring waits in asyncio's ProactorEventLoop, not in a {kind}")
+        doorbell = self._doorbell
+
+        def heard(_: Any) -> None:
+            with suppress(ValueError):
+                self._listening.remove(loop)
+            if self.closed:
+                doorbell.close()  # nothing waits for it any more
+            else:
+                self._heard()
+
+        wait_for_handle(doorbell.fileno()).add_done_callback(heard)
+
+    def _unlisten(self, loop: asyncio.AbstractEventLoop) -> None:
+        loop.remove_reader(self._doorbell.fileno())
+        with suppress(ValueError):
+            self._listening.remove(loop)
+        if not self._listening:
+            self._doorbell.close()
+
+    def close(self) -> None:
+        """Wake all tasks, and close the doorbell as soon as no loop has it."""
+        self.closed = True
+        self._wake()
+        loops = [loop for loop in self._listening if not loop.is_closed()]
+        if not loops:
+            self._doorbell.close()
+        elif sys.platform == "win32":
+            self._doorbell.ring()
+        else:
+            for loop in loops:
+                _tell(loop, self._unlisten, loop)

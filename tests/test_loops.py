@@ -1,0 +1,588 @@
+"""Doorbells, and tasks that wait in event loops."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import selectors
+import sys
+import threading
+import time
+
+import pytest
+from conftest import DEADLINE, KILLED, WINDOWS, segments, wait_until
+from support import kill_yourself
+
+from shmring import Doorbell, Ring, RingBusy, RingClosed, RingTimeout, _layout
+from shmring._backend import os_backend
+
+needs_selectors = pytest.mark.skipif(WINDOWS, reason="selectors wait for nothing but sockets here")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+
+
+@pytest.fixture
+def ring(name):
+    with Ring.create(name, 4096, writers=4, spin=0) as ring:
+        yield ring
+
+
+@pytest.fixture
+def other(ring):
+    with Ring.open(ring.name, spin=0) as other:
+        yield other
+
+
+def run(coroutine):
+    """Run it, and fail if it takes too long."""
+    return asyncio.run(asyncio.wait_for(coroutine, DEADLINE))
+
+
+def is_rung(ring):
+    """Is the doorbell readable, on POSIX as a selector sees it?"""
+    if WINDOWS:
+        return os_backend._poll(ring.fileno(), 0) == os_backend.WAIT_OBJECT_0
+    return bool(ready(ring, 0))
+
+
+def ready(ring, timeout):
+    with selectors.DefaultSelector() as selector:
+        selector.register(ring.fileno(), selectors.EVENT_READ)
+        return selector.select(timeout)
+
+
+def writes(name, *messages):
+    with Ring.open(name) as ring:
+        for message in messages:
+            ring.write(message)
+
+
+# ---------------------------------------------------------------- the doorbell
+
+
+def test_it_rings_once_there_was_nothing_and_not_again_before(ring, other):
+    doorbell = ring.attach_doorbell()
+    assert isinstance(doorbell, Doorbell) and doorbell.fileno() == ring.fileno()
+    assert not is_rung(ring)
+    other.write(b"1")
+    assert is_rung(ring)
+    assert ring.try_read() == b"1" and is_rung(ring), "only who finds nothing makes it silent"
+    assert ring.try_read() is None and not is_rung(ring)
+    assert ring.try_read() is None
+    other.write(b"2")
+    other.write(b"3")
+    assert is_rung(ring)
+    assert [ring.try_read() for _ in range(3)] == [b"2", b"3", None]
+    assert not is_rung(ring)
+
+
+def test_attaching_looks_for_what_is_there_already(ring, other):
+    other.write(b"1")
+    ring.attach_doorbell()
+    assert ring.wait_doorbell(0)
+    assert ring.read() == b"1" and ring.try_read() is None
+    other.write(b"2")
+    assert is_rung(ring)
+
+
+@pytest.mark.parametrize("read", [
+    lambda ring: ring.read(timeout=0), lambda ring: ring.read_many(timeout=0),
+    lambda ring: ring.read(bytearray(9), timeout=0),
+], ids=["read", "read_many", "read into"])  # fmt: skip
+def test_a_read_that_is_out_of_time_announces_as_well(ring, other, read):
+    ring.attach_doorbell()
+    for _ in range(3):
+        other.write(b"message")
+        assert is_rung(ring)
+        read(ring)
+        with pytest.raises(RingTimeout):
+            read(ring)
+        assert not is_rung(ring)
+
+
+def test_each_writer_rings_it_once_per_sleep(ring):
+    rung = []
+    with Ring.open(ring.name) as first, Ring.open(ring.name) as second:
+        for writer in (first, second):
+            writer.write(b"")  # the claims ring as well
+            actual = writer._segment.ring
+            writer._segment.ring = lambda bell, actual=actual: (rung.append(bell), actual(bell))
+        ring.attach_doorbell()
+        while ring.try_read() is not None:
+            pass
+        for number in range(1, 4):
+            for _ in range(5):
+                first.write(b"1")
+                second.write(b"2")
+            assert len(rung) == 2 * number
+            assert is_rung(ring)
+            while ring.try_read() is not None:
+                pass
+
+
+@needs_selectors
+def test_a_selector_is_woken_by_another_process(ring, children, endless):
+    with selectors.DefaultSelector() as selector:
+        selector.register(ring, selectors.EVENT_READ)
+        for number in range(5):
+            assert ring.try_read() is None
+            pid = children.start(writes, ring.name, b"%d" % number, b"")
+            assert selector.select(DEADLINE)
+            wait_until(lambda number=number: ring.stats().messages_in == 2 * number + 2)
+            assert [ring.try_read(), ring.try_read(), ring.try_read()] == [b"%d" % number, b"", None]
+            assert children.join(pid) == 0
+
+
+def test_waiting_takes_nothing_and_needs_no_doorbell(ring, other, children):
+    assert not ring.wait_doorbell(0)
+    begin = time.perf_counter()
+    assert not ring.wait_doorbell(0.02)
+    assert time.perf_counter() - begin >= 0.02
+    pid = children.start(writes, ring.name, b"1")
+    assert ring.wait_doorbell(DEADLINE) and ring.attach_doorbell().wait(DEADLINE)
+    assert ring.read() == b"1"
+    assert children.join(pid) == 0
+
+
+def test_threads_that_sleep_and_the_doorbell_are_both_rung(ring, other):
+    ring.attach_doorbell()
+    assert ring.try_read() is None
+    got = []
+    thread = threading.Thread(target=lambda: got.append(ring.read()))
+    thread.start()
+    wait_until(lambda: ring.stats().reader_parks >= 2)
+    time.sleep(0.02)
+    other.write(b"1")
+    thread.join(DEADLINE)
+    assert got == [b"1"] and is_rung(ring)
+    assert ring.try_read() is None and not is_rung(ring)
+    other.write(b"2")
+    assert is_rung(ring)
+
+
+def test_the_role_is_needed_and_closed_handles_have_none(ring, other):
+    assert other.try_read() is None
+    for use in (ring.attach_doorbell, ring.fileno, lambda: ring.wait_doorbell(0)):
+        with pytest.raises(RingBusy):
+            use()
+    doorbell = other.attach_doorbell()
+    other.close()
+    for use in (other.attach_doorbell, other.fileno, doorbell.fileno, doorbell.wait):
+        with pytest.raises(RingClosed):
+            use()
+
+
+def test_the_next_reader_has_one_of_its_own(ring, children):
+    with Ring.open(ring.name) as writer:
+        for number in range(4):
+            with Ring.open(ring.name) as reader:
+                reader.attach_doorbell()
+                assert reader.try_read() is None and not is_rung(reader)
+                writer.write(b"%d" % number)
+                assert is_rung(reader)
+                assert reader.read() == b"%d" % number
+
+
+def attach_and_die(name):
+    ring = Ring.open(name)
+    ring.attach_doorbell()
+    kill_yourself()
+
+
+def test_the_successor_of_a_killed_reader_hears_its_own(ring, children):
+    with Ring.open(ring.name) as writer:
+        for number in range(3):
+            assert children.join(children.start(attach_and_die, ring.name)) == KILLED
+            writer.write(b"lost?")  # rings nobody, or what the dead one left
+            with Ring.open(ring.name) as reader:
+                reader.attach_doorbell()
+                assert reader.try_read() == b"lost?"
+                assert reader.try_read() is None and not is_rung(reader)
+                writer.write(b"%d" % number)
+                assert is_rung(reader) and reader.try_read() == b"%d" % number
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at Linux' names")
+def test_what_a_killed_reader_leaves_goes_with_the_ring(name, children):
+    def left():
+        return [entry for entry in os.listdir("/dev/shm") if entry.startswith(f"shmbell.{name}.")]
+
+    if not hasattr(os_backend, "DOORBELLS"):
+        pytest.skip("the macOS backend is played")
+    with Ring.create(name, 4096):
+        assert children.join(children.start(attach_and_die, name)) == KILLED
+        assert len(left()) == 1
+        with Ring.open(name) as reader:
+            reader.attach_doorbell()
+            assert len(left()) == 1
+        assert not left()
+        assert children.join(children.start(attach_and_die, name)) == KILLED
+    assert not left()
+
+    def create_and_die():
+        ring = Ring.create(name, 4096)
+        ring.attach_doorbell()
+        kill_yourself()
+
+    assert children.join(children.start(create_and_die)) == KILLED
+    assert len(left()) == 1
+    Ring.create(name, 4096).close()
+    assert not left() and not segments()
+
+
+@needs_fork
+def test_a_forked_child_has_no_doorbell_of_its_parents(ring, other, children):
+    ring.attach_doorbell()
+    number = ring.fileno()
+
+    def child():
+        with pytest.raises(OSError):
+            os.read(number, 1)
+        with pytest.raises(RingBusy):
+            ring.attach_doorbell()
+        ring.write(b"from the child")
+
+    assert ring.try_read() is None
+    assert children.join(children.start(child)) == 0
+    assert is_rung(ring) and ring.try_read() == b"from the child"
+
+
+# ---------------------------------------------------------------- tasks
+
+
+def test_a_task_waits_while_others_run(ring, other):
+    async def main():
+        reading = asyncio.ensure_future(ring.read_async())
+        for _ in range(3):
+            await asyncio.sleep(0.001)
+        assert not reading.done()
+        other.write(b"1")
+        assert await reading == b"1"
+        await other.write_async(b"2")
+        assert await ring.read_async() == b"2"
+        for _ in range(3):
+            other.write(b"3")
+        assert await ring.read_many_async() == [b"3"] * 3
+        other.write(b"4")
+        assert await ring.read_many_async(1) == [b"4"]
+        with pytest.raises(ValueError):
+            await ring.read_many_async(0)
+
+    run(main())
+
+
+def test_messages_between_processes_come_once_and_in_order(name, children, endless):
+    with Ring.create(f"{name}-to", 4096, spin=0) as there, Ring.create(f"{name}-fro", 4096, spin=0) as back:
+
+        async def echo():
+            async for message in there:
+                if message == b"end":
+                    return
+                await back.write_async(message)
+
+        pid = children.start(lambda: asyncio.run(echo()))
+
+        async def main():
+            async def feed():
+                for number in range(2000):
+                    await there.write_async(b"%d" % number * (1 + number % 40))
+                await there.write_async(b"end")
+
+            feeding = asyncio.ensure_future(feed())
+            for number in range(2000):
+                assert await back.read_async() == b"%d" % number * (1 + number % 40)
+            await feeding
+
+        run(main())
+        assert children.join(pid) == 0
+
+
+def test_several_rings_in_one_loop(name, children, endless):
+    rings = [Ring.create(f"{name}-{i}", 4096, spin=0) for i in range(5)]
+    try:
+        pids = [
+            children.start(writes, ring.name, *[b"%d" % (i + number) for number in range(100)])
+            for i, ring in enumerate(rings)
+        ]
+
+        async def read(ring, first):
+            for number in range(100):
+                assert await ring.read_async() == b"%d" % (first + number)
+
+        async def main():
+            await asyncio.gather(*[read(ring, i) for i, ring in enumerate(rings)])
+
+        run(main())
+        for pid in pids:
+            assert children.join(pid) == 0
+    finally:
+        for ring in rings:
+            ring.close()
+
+
+def test_tasks_that_wait_for_one_ring_each_get_their_messages(ring, other):
+    async def main():
+        tasks = [asyncio.ensure_future(ring.read_async()) for _ in range(10)]
+        await asyncio.sleep(0.01)
+        for number in range(10):
+            await other.write_async(b"%d" % number)
+            await asyncio.sleep(0)
+        assert sorted(await asyncio.gather(*tasks)) == [b"%d" % number for number in range(10)]
+
+    run(main())
+
+
+@pytest.mark.parametrize("when", ["asleep", "rung", "running"])
+def test_a_task_that_is_cancelled_has_taken_nothing(ring, other, when):
+    async def main():
+        got = []
+
+        async def read():
+            got.append(await ring.read_async())
+
+        for number in range(50):
+            task = asyncio.ensure_future(read())
+            if when != "running":
+                await asyncio.sleep(0.001)
+            if when != "asleep":
+                other.write(b"%d" % number)
+            if when == "rung":
+                for _ in range(number % 4):
+                    await asyncio.sleep(0)
+            task.cancel()
+            try:
+                await task
+            except asyncio.CancelledError:
+                pass
+        rest = iter(ring.try_read, None)
+        sent = [] if when == "asleep" else [b"%d" % number for number in range(50)]
+        assert [*got, *rest] == sent or sorted([*got, *rest]) == sorted(sent)
+
+    run(main())
+
+
+def test_waiting_has_its_time(ring, other):
+    async def main():
+        for read in (ring.read_async, ring.read_many_async):
+            begin = time.perf_counter()
+            with pytest.raises(RingTimeout):
+                await read(timeout=0.02)
+            assert time.perf_counter() - begin >= 0.02
+            with pytest.raises(RingTimeout):
+                await read(timeout=0)
+        while other.try_write(bytes(100)):
+            pass
+        begin = time.perf_counter()
+        with pytest.raises(RingTimeout):
+            await other.write_async(bytes(100), timeout=0.02)
+        assert time.perf_counter() - begin >= 0.02
+        count = ring.stats().messages_in
+        assert len(await ring.read_many_async()) == count
+
+    run(main())
+
+
+def test_a_full_ring_is_waited_for(ring, other):
+    async def main():
+        async def write():
+            for number in range(300):
+                await other.write_async(b"%03d" % number * 100)
+
+        writing = asyncio.ensure_future(write())
+        await asyncio.sleep(0.01)
+        assert not writing.done()
+        for number in range(300):
+            assert await ring.read_async() == b"%03d" % number * 100
+        await writing
+
+    run(main())
+
+
+def test_tasks_that_wait_for_room_of_different_sizes_all_get_it(ring, other):
+    async def main():
+        while other.try_write(bytes(500)):
+            pass
+        sizes = [3000, 10, 600, 2000]
+        writing = [asyncio.ensure_future(other.write_async(bytes(size))) for size in sizes]
+        await asyncio.sleep(0.01)
+        got = []
+        while len(got) < len(sizes):
+            got += [len(m) for m in await ring.read_many_async() if len(m) != 500]
+        assert sorted(got) == sorted(sizes)
+        await asyncio.gather(*writing)
+
+    run(main())
+
+
+def test_a_task_that_never_waits_lets_others_run(ring, other):
+    async def main():
+        turns = 0
+
+        async def count():
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        with pytest.raises(RingTimeout):
+            await ring.read_async(timeout=0)
+        counting = asyncio.ensure_future(count())
+        for _ in range(50):
+            for _ in range(40):
+                other.write(b"x")
+            for _ in range(40):
+                await ring.read_async()
+        assert turns > 10
+        counting.cancel()
+
+    run(main())
+
+
+@pytest.mark.parametrize("wait", ["read", "iterate", "write"])
+def test_closing_ends_what_waits(ring, wait):
+    async def main(close):
+        handle = Ring.open(ring.name, spin=0)
+        if wait == "write":
+            while handle.try_write(bytes(400)):
+                pass
+            task = asyncio.ensure_future(handle.write_async(bytes(400)))
+        elif wait == "read":
+            task = asyncio.ensure_future(handle.read_async())
+        else:
+
+            async def iterate():
+                return [message async for message in handle]
+
+            task = asyncio.ensure_future(iterate())
+        await asyncio.sleep(0.01)
+        assert not task.done()
+        close(handle)
+        if wait == "iterate":
+            assert await task == []
+        else:
+            with pytest.raises(RingClosed):
+                await task
+        with pytest.raises(RingClosed):
+            await (handle.write_async(b"") if wait == "write" else handle.read_async())
+    def elsewhere(handle):
+        thread = threading.Thread(target=handle.close)
+        thread.start()
+        thread.join(DEADLINE)
+
+    run(main(Ring.close))
+    if wait != "write":
+        run(main(elsewhere))
+
+
+def test_a_handle_goes_from_one_loop_to_the_next(ring, other):
+    async def main(number):
+        reading = asyncio.ensure_future(ring.read_async())
+        await asyncio.sleep(0.001)
+        other.write(b"%d" % number)
+        assert await reading == b"%d" % number
+
+    for number in range(3):
+        run(main(number))
+        gc.collect()
+
+
+def test_loops_of_several_threads_wait_for_one_handle(ring, other):
+    got = []
+
+    async def main():
+        for _ in range(50):
+            got.append(await ring.read_async())
+
+    threads = [threading.Thread(target=asyncio.run, args=(main(),)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for number in range(150):
+        other.write(b"%d" % number)
+        if number % 10 == 0:
+            time.sleep(0.002)
+    for thread in threads:
+        thread.join(DEADLINE)
+    assert sorted(got, key=int) == [b"%d" % number for number in range(150)]
+
+
+def test_a_killed_writer_leaves_a_task_that_its_successor_wakes(ring, children):
+    with Ring.open(ring.name) as last:
+
+        def write_and_die():
+            writer = Ring.open(ring.name)
+            writer._segment.ring = lambda bell: None  # killed before it rings
+            writer.write(b"1")
+            kill_yourself()
+
+        async def main():
+            reading = asyncio.ensure_future(ring.read_async())
+            await asyncio.sleep(0.01)
+            assert children.join(children.start(write_and_die)) == KILLED
+            await asyncio.sleep(0.01)
+            last.write(b"2")  # the claim rings
+            assert {await reading, await ring.read_async()} == {b"1", b"2"}
+
+        run(main())
+
+
+def test_an_idle_loop_costs_nothing_and_a_busy_one_is_rung_seldom(ring, other):
+    async def main():
+        reading = asyncio.ensure_future(ring.read_async())
+        await asyncio.sleep(0.01)
+        begin = time.process_time()
+        await asyncio.sleep(0.5)
+        assert time.process_time() - begin < 0.1
+        rung = []
+        actual = other._segment.ring
+        other._segment.ring = lambda bell: (rung.append(bell), actual(bell))
+        other.write(b"")
+        await reading
+        rung.clear()
+        for _ in range(100):
+            for _ in range(10):
+                other.write(b"x")
+            for _ in range(10):
+                await ring.read_async()
+        assert len(rung) <= 1, "while there is something nobody has to ring"
+
+    run(main())
+
+
+@pytest.mark.skipif(not WINDOWS, reason="elsewhere each loop will do")
+def test_another_loop_on_windows_is_refused(ring):
+    async def main():
+        with pytest.raises(NotImplementedError, match="ProactorEventLoop, not in a"):
+            await ring.read_async()
+
+    loop = asyncio.SelectorEventLoop()
+    loop.run_until_complete(main())
+    loop.close()
+
+
+def test_where_wakers_cannot_be_made_to_fence_there_is_no_doorbell_but_tasks_look_again(ring, other, monkeypatch):
+    monkeypatch.setattr(os_backend.Segment, "sleeper_fence", lambda self: False)
+    with pytest.raises(OSError, match="not sure here"):
+        ring.attach_doorbell()
+
+    async def main():
+        reading = asyncio.ensure_future(ring.read_async())
+        await asyncio.sleep(0.01)
+        other._segment.ring = lambda bell: None
+        other.write(b"1")
+        assert await reading == b"1"
+
+    run(main())
+
+
+def test_the_states_of_a_doorbell_are_told_in_the_ring(ring, other):
+    word = (ring._segment.layout.readers_offset + _layout.READER_DOORBELL) >> 3
+    words = ring._segment.words
+    assert words[word] == 0
+    ring.attach_doorbell()
+    assert ring.try_read() is None
+    assert words[word] & 3 == _layout.ATTACHED | _layout.ALONE
+    first = words[word] >> 2
+    ring.close()
+    other.attach_doorbell()
+    words = other._segment.words
+    assert words[word] & _layout.ATTACHED and words[word] >> 2 == first + 1
