@@ -18,6 +18,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
+from ._monitor import MonitorClosed
 from ._words import Doorbell, Parking
 
 BURST: Final = 64  # messages that a task gets, or writes, without letting the loop's others run
@@ -63,7 +64,9 @@ class Watch:
         if quick < BUSY:
             return False
         if quick == BUSY:
-            self._parking.disarm()
+            if not self._waiting:
+                self._parking.disarm()
+                self._wake()  # those of another thread's loop that came in between look again
         elif quick > BURST:
             self._quick = BUSY
             return True
@@ -81,19 +84,23 @@ class Watch:
         timer = None
         self._quick = 0
         # First put down, then armed: who hears the doorbell in another thread's loop wakes those who are.
-        self._waiting.append(entry)
         try:
+            self._waiting.append(entry)
             self._listen(loop)
             if len(self._waiting) > 1:
                 needs = min([needs, *(other for _, _, other in list(self._waiting))])
             if not self._parking.arm(partial(self._nothing, needs), needs, False) or self.closed:
-                return
+                self._wake()  # there is something for one of them, maybe not for us: let all of them run
             if not self._parking.fenced:
                 soon = time.perf_counter() + LOOK_AGAIN
                 deadline = soon if deadline is None else min(soon, deadline)
             if deadline is not None:
                 timer = loop.call_later(max(0.0, deadline - time.perf_counter()), _set, future)
             await future
+        except OSError:
+            if self.closed:
+                raise MonitorClosed from None  # by another thread, and its doorbell with it
+            raise
         finally:
             if timer is not None:
                 timer.cancel()
@@ -102,21 +109,23 @@ class Watch:
                     self._waiting.remove(entry)
 
     def _wake(self, here: asyncio.AbstractEventLoop | None = None) -> None:
-        waiting = self._waiting
-        while waiting:
-            try:
-                loop, future, _ = waiting.pop()
-            except IndexError:  # another thread's loop was faster
-                return
+        for entry in list(self._waiting):
+            loop, future, _ = entry
             if loop is here:
                 _set(future)
             else:
-                _tell(loop, _set, future)
+                with suppress(RuntimeError):  # it is closed
+                    loop.call_soon_threadsafe(_set, future)
+            if entry in self._waiting:  # told first: an exception in between tells it again
+                with suppress(ValueError):
+                    self._waiting.remove(entry)
 
     def _heard(self) -> None:
         if not self.closed:
-            self._parking.hear()
-            self._wake(asyncio._get_running_loop())
+            try:
+                self._parking.hear()
+            finally:
+                self._wake(asyncio._get_running_loop())
 
     def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
         """Have the loop call `_heard` when the doorbell was rung."""
@@ -144,7 +153,8 @@ class Watch:
             with suppress(ValueError):
                 self._listening.remove(loop)
             if self.closed:
-                doorbell.close()  # nothing waits for it any more
+                if not self._listening:
+                    doorbell.close()  # no loop waits for it any more
             else:
                 self._heard()
 

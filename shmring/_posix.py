@@ -104,7 +104,7 @@ class Doorbell:
     def heard(self) -> bool:
         """Make it unreadable; was it readable? If it was rung some hundred times it may be readable yet."""
         try:
-            return bool(os.read(self._noted[0], 512))
+            return bool(os.read(self.fileno(), 512))
         except BlockingIOError:
             return False
 
@@ -136,7 +136,9 @@ class Doorbells:
         if doorbell is None or known != number or not doorbell.ring():
             try:
                 doorbell = Doorbell(*where(bell))
-            except (FileNotFoundError, PermissionError):  # it has just gone; or it is not what we are to write to
+            except OSError:
+                # It has just gone; or it is not what we are to write to; or there is no descriptor left. The message
+                # is published: to raise now would have its writer write it again.
                 return
             self._open[bell] = number, doorbell
             doorbell.ring()

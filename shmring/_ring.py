@@ -620,7 +620,8 @@ class Ring:
             timeout: Seconds to wait at most. None waits for ever, 0 (or less) not at all.
 
         Returns:
-            False if the time was up. Else there is a message, unless another thread of this handle takes it.
+            False if the time was up. Else there is most likely a message: True is also for what only `try_read` can
+            tell, a lane that has just come into use, or the rest of one that was too short for a message.
 
         Raises:
             RingBusy: Another handle is this ring's reader.
@@ -849,9 +850,10 @@ class Ring:
             self._ending, self._send, self._messages = _NOBODY, _NOBODY.steps.send, _NOBODY.steps
 
     def _close_doorbell(self, side: Writer | Reader) -> None:
-        watch = self._watches.pop(side, None)
+        watch = self._watches.get(side)
         if watch is not None:
             watch.close()
+            self._watches.pop(side, None)  # only now: after an exception the next `close` does it again
         elif side.parking is not None and side.parking.doorbell is not None:
             side.parking.doorbell.close()
 

@@ -298,8 +298,9 @@ class Doorbell:
         return int(self._event.value or 0)
 
     def ring(self) -> bool:
-        """Set it."""
-        return bool(_set_event(self.fileno()))
+        """Set it; False if it is closed."""
+        event = self._event
+        return event is not None and bool(_set_event(event))
 
     def heard(self) -> bool:
         """Reset it; was it set? One that is set in between is of before: who hears announces itself anew after it."""

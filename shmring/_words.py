@@ -382,7 +382,10 @@ class Parking:
         self._sleepers: dict[object, int] = {}  # what each needs
         self.doorbell: Doorbell | None = None
         self.fenced = True
-        self._armed = -1  # what the doorbell's epoch was begun for; -1: it has none, or was rung
+        # What the doorbell's epoch was begun for, and the token of that time. The token changes with all that ends an
+        # epoch, before and after: a thread that arms meanwhile has another one, and its epoch does not count.
+        self._token = object()
+        self._armed: tuple[int, object] = -1, None
         # The last one here may have died asleep, or with a doorbell; the numbers go on from there.
         _make_even(segment.words, self._parked)
         self._state = (bell + _layout.DOORBELL) >> 3
@@ -453,25 +456,36 @@ class Parking:
         doorbell = self.doorbell
         assert doorbell is not None
         # An exception in here, or another thread, makes the next one begin an epoch; one too many harms nobody.
-        armed, self._armed = self._armed, -1
+        token = self._token
+        armed, self._armed = self._armed, (-1, None)
         rung = doorbell.heard() if heard is None else heard
-        if rung or armed != needs:
+        if rung or armed != (needs, token):
             self._monitor.enter((doorbell, needs))  # begins an epoch, by S1 and S2
             self.fenced = self._segment.sleeper_fence()  # S3
-        self._armed = needs
-        return nothing()  # S4
+        self._armed = needs, token
+        if nothing():  # S4
+            return True
+        if rung:
+            doorbell.ring()  # it may have been for another thread or task of this handle as well
+        return False
 
     def hear(self) -> None:
         """The doorbell was rung: make it silent. It is armed no more."""
-        self._armed = -1
-        if self.doorbell is not None:
-            self.doorbell.heard()
+        self._token = object()
+        try:
+            if self.doorbell is not None:
+                self.doorbell.heard()
+        finally:
+            self._token = object()
 
     def disarm(self) -> None:
         """Have nobody ring the doorbell until it is armed again: what comes will be looked for."""
-        self._armed = -1
-        with suppress(MonitorClosed):
-            self._monitor.enter((self.doorbell, None))  # ends the epoch, if no thread sleeps, by S6
+        self._token = object()
+        try:
+            with suppress(MonitorClosed):
+                self._monitor.enter((self.doorbell, None))  # ends the epoch, if no thread sleeps, by S6
+        finally:
+            self._token = object()
 
     def wake(self) -> None:
         """Have this handle's own threads and loops look again, if any sleeps."""
