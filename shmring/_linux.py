@@ -454,9 +454,7 @@ class Segment:
         value = c_int(noted - (noted >> 31 << 32))
         _waiting(_FUTEX, c_void_p(self._address + bell), _WAIT, value, timeout, _NONE, _ANY)
 
-    def wake(self, bell: int) -> None:
-        """Have this handle's own threads return from `wait`: they sleep as all others do."""
-        self.ring(bell)
+    wake = ring  # this handle's own threads sleep as all others do
 
     def doorbell(self, bell: int) -> Doorbell:
         """Make what event loops can wait for, and `ring` rings too while the word beside the bell says so."""

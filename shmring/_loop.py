@@ -33,18 +33,6 @@ def _set(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-def _tell(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *args: object) -> bool:
-    """Have this called in a loop, at once if it is this thread's or does not run. False: it is closed."""
-    with suppress(RuntimeError):
-        here = asyncio._get_running_loop()
-        if here is loop or (not loop.is_running() and not loop.is_closed()):
-            call(*args)
-        else:
-            loop.call_soon_threadsafe(call, *args)
-        return True
-    return False
-
-
 class Watch:
     """The tasks that wait for a side of a handle, in any number of loops, whose doorbell is attached."""
 
@@ -177,5 +165,10 @@ class Watch:
         elif sys.platform == "win32":
             self._doorbell.ring()
         else:
+            here = asyncio._get_running_loop()
             for loop in loops:
-                _tell(loop, self._unlisten, loop)
+                if loop is here or not loop.is_running():
+                    self._unlisten(loop)
+                else:
+                    with suppress(RuntimeError):  # it has just been closed
+                        loop.call_soon_threadsafe(self._unlisten, loop)

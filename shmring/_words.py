@@ -1048,29 +1048,36 @@ class Reader:
                 self._segment.ring(lane.bell)
                 lane.rung = epoch
 
-    def _read_one(self, request: ReadOne) -> bytes | int | None:
-        segment, capacity = self._segment, self._segment.layout.capacity
-        if self._owed:
-            return self._read_owed(request)
+    def _first(self) -> tuple[_Lane, int, int] | None:
+        """The lane whose turn it is and that has a record, with the record's position and size; padding is consumed."""
         for lane in reversed(self._look()):
             pos, size = self._record(lane, lane.pos)
             if size < 0:
                 raise self._bad_length(lane, pos)
-            if pos == lane.end:
-                self._free(lane, pos, lane.count)  # nothing but padding
-                continue
-            if size > request.room:
-                raise BufferTooSmall(segment.name, size, request.room)
-            body = lane.first + pos % capacity + RECORD_HEADER
-            message = segment.map[body : body + size]  # R2
-            if request.view is not None:
-                request.view[:size] = message
-            pos += record_bytes(size)
-            request.taken.append((lane.read_pos, pos, [message]))
-            self._last = lane.number
-            self._free(lane, pos, lane.count + 1)
-            return message if request.view is None else size
+            if pos != lane.end:
+                return lane, pos, size
+            self._free(lane, pos, lane.count)  # nothing but padding
         return None
+
+    def _read_one(self, request: ReadOne) -> bytes | int | None:
+        segment, capacity = self._segment, self._segment.layout.capacity
+        if self._owed:
+            return self._read_owed(request)
+        found = self._first()
+        if found is None:
+            return None
+        lane, pos, size = found
+        if size > request.room:
+            raise BufferTooSmall(segment.name, size, request.room)
+        body = lane.first + pos % capacity + RECORD_HEADER
+        message = segment.map[body : body + size]  # R2
+        if request.view is not None:
+            request.view[:size] = message
+        pos += record_bytes(size)
+        request.taken.append((lane.read_pos, pos, [message]))
+        self._last = lane.number
+        self._free(lane, pos, lane.count + 1)
+        return message if request.view is None else size
 
     def _is_borrowed(self) -> bool:
         """Does another thread have a message in place? RingBusy if this one has."""
@@ -1089,21 +1096,17 @@ class Reader:
             request.view = memoryview(request.owed)
             self._borrowed = request
             return request.view
-        for lane in reversed(self._look()):
-            pos, size = self._record(lane, lane.pos)
-            if size < 0:
-                raise self._bad_length(lane, pos)
-            if pos == lane.end:
-                self._free(lane, pos, lane.count)  # nothing but padding
-                continue
-            body = lane.first + pos % capacity + RECORD_HEADER
-            request.lane, request.pos, request.count = lane, pos + record_bytes(size), lane.count + 1
-            with memoryview(segment.map) as whole, whole[body : body + size] as view:
-                request.view = view.toreadonly()
-            self._borrowed = request
-            self._last = lane.number
-            return request.view
-        return None
+        found = self._first()
+        if found is None:
+            return None
+        lane, pos, size = found
+        body = lane.first + pos % capacity + RECORD_HEADER
+        request.lane, request.pos, request.count = lane, pos + record_bytes(size), lane.count + 1
+        with memoryview(segment.map) as whole, whole[body : body + size] as view:
+            request.view = view.toreadonly()
+        self._borrowed = request
+        self._last = lane.number
+        return request.view
 
     def _return(self, borrowed: Borrow) -> None:
         """Doing it again, because an exception came in between, is harmless."""
