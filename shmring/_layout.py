@@ -32,7 +32,7 @@ message, the second when the lane's writer parks; a line is 128 bytes, because p
     0       8     write_pos        lane writer  bytes ever published in this lane
     8       8     messages_in      lane writer  messages ever published; may lag by one per kill
     16      8     writer_parks     lane writer  times a writer of this lane went to sleep
-    128     8     writer_parked    lane writer  epoch; odd: asleep or about to be
+    128     8     writer_parked    lane writer  epoch; its lowest byte is 1: asleep or about to be, 0: awake
     136     8     writer_wanted    lane writer  the sleeper has room once read_pos has come to this
     144     4     writer_bell      the kernel   futex: FUTEX_WAKE_OP adds 1 and wakes, in one call; else zero
     148     4     -                -            zero
@@ -41,7 +41,7 @@ message, the second when the lane's writer parks; a line is 128 bytes, because p
 Reader table, after the lanes' table: 256 bytes for each of `reader_slots` readers.
 
     offset  size  name             writer       meaning
-    0       8     reader_parked    reader       epoch; odd: asleep or about to be
+    0       8     reader_parked    reader       epoch; its lowest byte is 1: asleep or about to be, 0: awake
     8       8     reader_parks     reader       times a reader in this slot went to sleep
     16      8     -                -            zero, for a broadcast reader's state
     128     4     reader_bell      the kernel   futex, as writer_bell
@@ -93,7 +93,7 @@ from typing import Final, NamedTuple
 
 from ._errors import RingCorrupted, RingIncompatible
 
-LAYOUT_VERSION: Final = 2
+LAYOUT_VERSION: Final = 3
 MAGIC: Final = b"shmring\0"
 MACHINES: Final = {"x86_64": 1, "AMD64": 1, "aarch64": 2, "arm64": 2, "ARM64": 2}
 READERS: Final = {"one": 0}

@@ -245,7 +245,7 @@ class Ring:
 
     # ------------------------------------------------------------ writing
 
-    def write(self, data: Buffer, *, timeout: float | None = None) -> None:
+    def write(self, data: Buffer, timeout: float | None = None) -> None:
         """Append one message, waiting while this writer's lane is full.
 
         With no reader alive the lane fills up, and then `write` waits for one to come.
@@ -265,10 +265,13 @@ class Ring:
 
         If this process dies inside the call, the message is in the ring or it is not, whole.
         """
+        # `timeout` would be keyword-only, here and in `read`, if that did not cost each call a twentieth.
         if type(data) is not bytes:
             data = _flat(data)
         try:
             answer = self._send(data)
+            if answer is None:
+                return
         except StopIteration:  # an exception ended these steps, or `close`
             answer = self._enter_writer(data)
         except ValueError as error:
@@ -317,13 +320,17 @@ class Ring:
         if isinstance(messages, (str, bytes, bytearray, memoryview)):
             raise TypeError(f"write_many takes an iterable of messages, not one {type(messages).__name__}")
         checked = list(messages)
-        if not set(map(type, checked)) <= {bytes}:
+        # To count in lists is a quarter faster than to make sets, and this is a third of a message's way in.
+        if list(map(type, checked)).count(bytes) != len(checked):
             checked = [message if type(message) is bytes else _flat(message) for message in checked]
-        sizes = set(map(len, checked))
-        longest = max(sizes, default=0)
+        sizes = list(map(len, checked))
+        size = sizes[0] if sizes else 0
+        if sizes.count(size) != len(sizes):
+            size = -1
+        longest = size if size >= 0 else max(sizes)
         if longest > self.max_message:
             raise MessageTooLarge(self.name, longest, self.max_message)
-        batch = WriteBatch(checked, longest if len(sizes) == 1 else -1)
+        batch = WriteBatch(checked, size)
         try:
             self._write_in_time(batch, _deadline(timeout))
         except RingTimeout:
@@ -411,11 +418,11 @@ class Ring:
     # ------------------------------------------------------------ reading
 
     @overload
-    def read(self, buf: None = None, max_len: int | None = None, *, timeout: float | None = None) -> bytes: ...
+    def read(self, buf: None = None, max_len: int | None = None, timeout: float | None = None) -> bytes: ...
     @overload
-    def read(self, buf: Buffer, max_len: int | None = None, *, timeout: float | None = None) -> int: ...
+    def read(self, buf: Buffer, max_len: int | None = None, timeout: float | None = None) -> int: ...
     def read(
-        self, buf: Buffer | None = None, max_len: int | None = None, *, timeout: float | None = None
+        self, buf: Buffer | None = None, max_len: int | None = None, timeout: float | None = None
     ) -> bytes | int:
         """Remove and return one message, waiting while there is none.
 
@@ -483,7 +490,20 @@ class Ring:
 
     def try_read(self) -> bytes | None:
         """Remove and return one message if there is one, else None. Raises what `read` raises, but RingTimeout."""
-        message = self._take()
+        message: Any = None
+        try:
+            for message in self._messages:  # as in `read`
+                if message is not None:
+                    return message  # type: ignore[no-any-return]
+                break
+            else:
+                message = self._take()
+        except BaseException as error:
+            if message is not None:
+                self._give_back(message)
+            if not isinstance(error, ValueError) or error.args != BUSY:
+                raise
+            message = self._take()
         while message is None and self._announcing and not self._arm(self._reader):
             message = self._take()
         return message

@@ -77,7 +77,10 @@ class Map(mmap.mmap):
     def _tell(self, what, index):
         offset = index.start if isinstance(index, slice) else index
         layout = self.segment.layout
-        self.segment.tell(f"{what} {'record' if offset >= layout.lanes_offset else 'used'}")
+        place = "record" if offset >= layout.lanes_offset else "used"
+        if offset < layout.used_offset:  # one byte of a word
+            place = self.segment.place(offset)
+        self.segment.tell(f"{what} {place}")
 
 
 class FakeSegment:

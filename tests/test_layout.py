@@ -56,7 +56,7 @@ def test_the_header_table_covers_the_header_without_gap_or_overlap():
 def test_the_header_is_packed_as_the_table_says():
     expected = {
         "magic": _layout.MAGIC,
-        "layout_version": 2,
+        "layout_version": 3,
         "machine": 1,
         "segment_bytes": LAYOUT.segment_bytes,
         "capacity": 3 * 4096,
@@ -152,7 +152,7 @@ def test_two_layouts_never_have_the_same_nonce():
 
 @pytest.mark.parametrize("pokes, error, text", [
     ({"magic": 0}, RingIncompatible, "no shmring ring"),
-    ({"layout_version": 3}, RingIncompatible, "layout version 3, .* version 2"),
+    ({"layout_version": 2}, RingIncompatible, "layout version 2, .* version 3"),
     ({"machine": 2}, RingIncompatible, "machine kind 2, this is 1"),
     ({"machine": 99}, RingIncompatible, "machine kind 99"),
     ({"readers": 2}, RingIncompatible, "readers of kind 2"),

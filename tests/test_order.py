@@ -189,15 +189,15 @@ def test_a_reader_that_claims_the_role_rings_the_writers_that_sleep():
 
 @pytest.mark.parametrize("side", [Writer, Reader])
 def test_whoever_claims_a_role_wakes_its_epoch_up_and_never_uses_one_again(side):
-    """S6 for a predecessor that died asleep: the epoch becomes even, the next one is a new number."""
+    """S6 for a predecessor that died asleep: the epoch's lowest byte becomes 0, the next one is a new number."""
     segment = FakeSegment()
     word = "writer_parked" if side is Writer else "reader_parked"
-    segment.poke(word, 7)
+    segment.poke(word, 1)
     claimant = side(segment)
     ask(claimant, b"x" if side is Writer else None)
-    assert segment.peek(word) == 8
+    assert segment.peek(word) == 256
     claimant.parking.park(lambda: False, 0, None)
-    assert segment.peek(word) == 10
+    assert segment.peek(word) == 512
 
 
 # ---------------------------------------------------------------- the reader
@@ -218,10 +218,11 @@ def test_the_reader_copies_after_it_looked_and_frees_after_it_copied(size, reque
         answer = bytes(request.view[:answer])
     assert answer in (payload(size), [payload(size)])
     log = segment.log[segment.log.index("claim reader") :]
-    looked, copied, freed = (
-        len(log) - 1 - log[::-1].index(e) for e in ("load write_pos", "load record", "store read_pos")
-    )
-    assert looked < log.index("order", looked) < copied < log.index("order", copied) < freed
+    looked, freed = (len(log) - 1 - log[::-1].index(event) for event in ("load write_pos", "store read_pos"))
+    assert looked < freed and log[looked:freed].count("order") == 2
+    if "load record" in log:  # what goes straight into a buffer is not told
+        copied = len(log) - 1 - log[::-1].index("load record")
+        assert looked < log.index("order", looked) < copied < log.index("order", copied) < freed
 
 
 def test_a_burst_is_freed_message_by_message_after_each_is_handed_out():
@@ -339,7 +340,7 @@ def test_the_sleeper_notes_announces_fences_looks_again_sleeps_and_takes_it_back
     order = ["load reader_bell", "store reader_parked", "sleeper_fence", "load used", "wait reader_bell"]
     assert follows(segment.log, *order)
     assert segment.log[-1] == "store reader_parked"  # S6
-    assert epochs == [1, 1] and segment.peek("reader_parked") == 2
+    assert epochs == [1, 1] and segment.peek("reader_parked") == 256
     assert segment.peek("reader_parks") == 1
 
 
@@ -371,7 +372,7 @@ def test_the_sleeper_does_not_sleep_over_what_came_while_it_announced_itself(whe
     )
     sleep(reader)
     assert segment.peek("write_pos 1") == 16
-    assert not segment.waits and segment.peek("reader_parked") == 2
+    assert not segment.waits and segment.peek("reader_parked") == 256
     assert ask(reader, None) == b"x"
 
 
@@ -427,7 +428,7 @@ def test_threads_that_sleep_in_one_handle_are_all_announced_until_the_last_has_l
     for request in [(1, 300), (2, 100), (3, 200), (2, None), (1, None), (3, None), (3, None)]:
         monitor.enter(request)
         seen.append((segment.peek("writer_parked"), segment.peek("writer_wanted")))
-    assert [epoch for epoch, _ in seen] == [1, 3, 5, 5, 5, 6, 6]
+    assert [epoch for epoch, _ in seen] == [1, 257, 513, 513, 513, 768, 768]
     assert [wanted for _, wanted in seen[:3]] == [300, 100, 100]
 
 
@@ -443,7 +444,7 @@ def test_an_interrupted_sleep_is_taken_back():
         segment.hooks[where] = interrupt
         with pytest.raises(KeyboardInterrupt):
             sleep(reader)
-        assert segment.peek("reader_parked") == 2
+        assert segment.peek("reader_parked") == 256
 
 
 def test_a_closed_side_is_not_announced_any_more_and_its_sleepers_are_rung():
@@ -451,10 +452,10 @@ def test_a_closed_side_is_not_announced_any_more_and_its_sleepers_are_rung():
     segment, reader = parked_reader()
     reader.parking._monitor.enter((1, 0))
     reader.close()
-    assert segment.peek("reader_parked") == 2 and segment.log[-1] == "wake reader_bell"
+    assert segment.peek("reader_parked") == 256 and segment.log[-1] == "wake reader_bell"
     with pytest.raises(MonitorClosed):
         sleep(reader)
-    assert segment.peek("reader_parked") == 2
+    assert segment.peek("reader_parked") == 256
 
 
 # ---------------------------------------------------------------- both sides

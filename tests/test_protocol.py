@@ -709,7 +709,7 @@ METHODS = {
     "Reader._look": "R1 R1<R2",
     "Reader._free": "R2<R3 R3 R4 R5",
     "Reader._ring": "R5 epoch<wanted",
-    "Reader._read_one": "R2",
+    "Reader._read_one": "R2 R2",
     "Reader._read_batch": "R2 R2",
     "Reader._steps": "R1 R1<R2 R2 R2<R3 R3 R4 R5 R2 R2 R2<R3 R3 R4 R5",
 }
@@ -733,7 +733,7 @@ WORDS = "write_pos", "read_pos", "parked", "wanted", "used", "bell"  # in an ind
 CALLS = {
     "order": "order", "_order": "order", "fence": "fence", "_fence": "fence", "sleeper_fence": "membarrier",
     "ring": "ring bell", "note": "load bell", "wait": "wait bell", "nothing": "look", "pack": "store record",
-    "_make_even": "store parked", "_ring": "load parked",
+    "unpack": "load record", "_make_even": "store parked", "_ring": "load parked",
 }  # fmt: skip
 
 
