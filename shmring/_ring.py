@@ -26,6 +26,7 @@ from ._monitor import BUSY, Monitor, MonitorClosed, no_steps
 from ._words import (
     JOINED,
     PACKED,
+    RESERVED,
     Borrow,
     Commit,
     Gather,
@@ -56,6 +57,11 @@ SPIN: Final = 100e-6
 # Seconds of it that it spins without a pause. From then on it yields the processor after each look, because
 # the other side may be waiting for this very processor.
 TIGHT: Final = 5e-6
+# A writer that finds its lane full waits at first for this share of it to be free: for the room of one message it would
+# have to be woken, and its reader to wake it, with each message. But no longer than so many seconds: then for what it
+# needs. It is never more than what is free when the reader has taken everything, and the reader rings before it parks.
+ROOM: Final = 4
+PATIENCE: Final = 0.002
 OPEN_AGAIN: Final = 0.002  # seconds between two tries of `open` with a timeout
 
 _open_rings: dict[int, weakref.ref[Ring]] = {}
@@ -412,7 +418,13 @@ class Ring:
                 wanted = answer or 0
             return written
 
-        self._spin_for_room(writer, wanted, deadline)
+        if wanted != RESERVED:
+            enough = min(wanted + self.capacity // ROOM, writer.write_pos)
+            self._spin_for_room(writer, enough, deadline)
+            now = time.perf_counter()
+            if writer.nothing(enough) and (deadline is None or now < deadline):
+                with suppress(MonitorClosed):  # said below
+                    parking.park(lambda: writer.nothing(enough), enough, _earlier(now + PATIENCE, deadline))
         self._wait(attempt, parking, lambda: writer.nothing(wanted), lambda: wanted, deadline, "no room in")
 
     # ------------------------------------------------------------ reading
@@ -811,19 +823,14 @@ class Ring:
             now = time.perf_counter()
         spin.learn(paid)
 
-    def _spin_for_room(self, writer: Writer, wanted: int, deadline: float | None) -> None:
-        """Give the reader a short time to free an eighth of the lane, not just the room for one message.
-
-        Else a writer that is faster than its reader waits again for each message. And it looks seldom:
-        every look takes the line with read_pos away from the reader.
-        """
-        enough = min(wanted + self.capacity // 8, writer.write_pos)
+    def _spin_for_room(self, writer: Writer, enough: int, deadline: float | None) -> None:
+        """Give the reader a short time. It looks seldom: every look takes the line with read_pos away from the reader."""
         now = time.perf_counter()
         until = _earlier(now + self._write_spin.seconds(), deadline)
         while now < until and writer.read_pos < enough:
             os_backend.yield_processor()
             now = time.perf_counter()
-        self._write_spin.learn(writer.read_pos >= wanted)
+        self._write_spin.learn(writer.read_pos >= enough)
 
     def _wait(
         self,

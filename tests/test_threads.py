@@ -5,11 +5,12 @@ from __future__ import annotations
 import _thread
 import signal
 import threading
+import time
 
 import pytest
 from conftest import DEADLINE, wait_until
 
-from shmring import Ring, RingClosed, RingTimeout, _words
+from shmring import Ring, RingClosed, RingTimeout, _ring, _words
 from shmring._backend import os_backend
 
 
@@ -316,3 +317,62 @@ def test_ctrl_c_ends_a_wait_also_with_other_threads_about(name, block, others, m
         ring.close()
         for thread in about:
             thread.result()
+
+
+# ---------------------------------------------------------------- a full lane
+
+
+@pytest.fixture
+def endless_patience(monkeypatch):
+    """A writer waits for its share of the lane to be free for as long as that takes."""
+    monkeypatch.setattr(_ring, "PATIENCE", 1e6)
+
+
+def test_the_longest_message_after_the_longest_finds_room_at_every_offset(name, endless_patience):
+    """What a full writer waits for is never more than what is free once everything is read, padding too."""
+    with Ring.create(name, 4096, writers=1, spin=0) as ring:
+        longest = bytes(ring.max_message)
+        sent = [message for _ in range(4096 // 8) for message in (longest, longest, b"", b"x" * 40)]
+        thread = Thread(lambda: [ring.write(message, timeout=DEADLINE) for message in sent])
+        for message in sent:
+            assert ring.read(timeout=DEADLINE) == message
+        thread.result()
+
+
+def test_a_full_writer_is_woken_for_a_share_of_its_lane_not_for_each_message(name, endless_patience):
+    """Else the two sides would wait for each other with every message."""
+    with Ring.create(name, 4096, writers=1, spin=0) as ring:
+        while ring.try_write(bytes(56)):
+            pass
+        full = ring.stats().messages_in
+        thread = Thread(ring.write, bytes(56), timeout=DEADLINE)
+        wait_until(lambda: ring.stats().writers_parked, "the writer sleeps")
+        for _ in range(4096 // 4 // 64):
+            time.sleep(0.01)  # time for what must not happen
+            assert ring.stats().messages_in == full
+            ring.read()
+        thread.result()
+        assert ring.stats().messages_in == full + 1
+
+
+def test_a_full_writer_has_patience_for_a_moment_and_then_takes_what_it_needs(name):
+    """A reader that takes one message and then none for long lets a writer on that needs no more."""
+    with Ring.create(name, 4096, writers=1, spin=0) as ring:
+        while ring.try_write(bytes(56)):
+            pass
+        thread = Thread(ring.write, bytes(56), timeout=DEADLINE)
+        wait_until(lambda: ring.stats().writers_parked, "the writer sleeps")
+        ring.read()
+        thread.result()
+
+
+def test_a_writer_with_patience_keeps_to_its_time_and_to_the_room_it_needs(name, endless_patience):
+    """When its time is up it takes the room that there is; with none it raises."""
+    with Ring.create(name, 4096, writers=1, spin=0) as ring:
+        while ring.try_write(bytes(56)):
+            pass
+        ring.read()
+        with pytest.raises(RingTimeout):
+            for _ in range(2):
+                ring.write(bytes(56), timeout=0.05)
+        assert ring.stats().writer_parks <= 2
