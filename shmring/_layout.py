@@ -89,7 +89,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from typing import Final, NamedTuple
+from typing import Final
 
 from ._errors import RingCorrupted, RingIncompatible
 
@@ -140,37 +140,25 @@ _HEADER = struct.Struct("=8sIIQQIIIIIIQ16s40x")
 _CHECKSUM = struct.Struct("=Q")
 
 
-class Layout(NamedTuple):
-    """The shape of one ring. Sizes and offsets are in bytes."""
+class Layout:
+    """The shape of one ring. Sizes and offsets are in bytes, and made once: they are asked for with each message."""
 
-    capacity: int
-    writers: int
-    keep: bool
-    nonce: bytes
+    __slots__ = (
+        "capacity", "cursors_offset", "keep", "lanes_offset", "max_message", "nonce", "readers_offset",
+        "segment_bytes", "used_offset", "writers",
+    )  # fmt: skip
 
-    @property
-    def readers_offset(self) -> int:
-        return HEADER_BYTES + self.writers * LANE_BYTES
-
-    @property
-    def cursors_offset(self) -> int:
-        return self.readers_offset + READER_BYTES
-
-    @property
-    def used_offset(self) -> int:
-        return self.cursors_offset + self.writers * CURSOR_BYTES
-
-    @property
-    def lanes_offset(self) -> int:
-        return round_up(self.used_offset + self.writers + 1, PAGE)
-
-    @property
-    def segment_bytes(self) -> int:
-        return self.lanes_offset + self.writers * self.capacity
-
-    @property
-    def max_message(self) -> int:
-        return self.capacity - RECORD_HEADER
+    def __init__(self, capacity: int, writers: int, keep: bool, nonce: bytes) -> None:
+        self.capacity = capacity
+        self.writers = writers
+        self.keep = keep
+        self.nonce = nonce
+        self.readers_offset = HEADER_BYTES + writers * LANE_BYTES
+        self.cursors_offset = self.readers_offset + READER_BYTES
+        self.used_offset = self.cursors_offset + writers * CURSOR_BYTES
+        self.lanes_offset = round_up(self.used_offset + writers + 1, PAGE)
+        self.segment_bytes = self.lanes_offset + writers * capacity
+        self.max_message = capacity - RECORD_HEADER
 
     def lane_block(self, lane: int) -> int:
         return HEADER_BYTES + lane * LANE_BYTES

@@ -295,19 +295,7 @@ class Ring:
         """
         if type(data) is not bytes:
             data = _flat(data)
-        return self._offer(data) is None
-
-    def _offer(self, data: Any) -> int | None:
-        """Append a message if there is room, or say which read_pos is wanted."""
-        try:
-            answer: int | None = self._send(data)  # as in `write`
-        except StopIteration:
-            answer = self._enter_writer(data)
-        except ValueError as error:
-            if error.args != BUSY:
-                raise
-            answer = self._enter_writer(data)
-        return answer
+        return self._enter_writer(data) is None
 
     def write_many(self, messages: Iterable[Buffer], *, timeout: float | None = None) -> int:
         """Append messages in their order, much faster than one by one.
@@ -390,9 +378,17 @@ class Ring:
         return Reservation(self, nbytes, timeout)
 
     def _enter_writer(self, data: Any) -> Any:
+        """Ask the writer's monitor: None, or which read_pos is wanted."""
+        try:
+            return self._send(data)
+        except StopIteration:  # an exception ended these steps, or `close`
+            pass
+        except ValueError as error:
+            if error.args != BUSY:
+                raise
         monitor = self._writer.monitor
         try:
-            return monitor.enter(data)
+            return monitor.enter(data)  # waits for the thread that is inside
         except MonitorClosed:
             raise self._is_closed() from None
         finally:
@@ -732,7 +728,7 @@ class Ring:
         if watch is not None and watch.is_time_to_pause():
             await _let_others_run()
         while True:
-            wanted = self._offer(data)
+            wanted = self._enter_writer(data)
             if wanted is None:
                 return
             if deadline is not None and time.perf_counter() >= deadline:
@@ -778,6 +774,14 @@ class Ring:
         return watch
 
     def _enter_reader(self, request: Any) -> Any:
+        """Ask the reader's monitor."""
+        try:
+            return self._messages.send(request)
+        except StopIteration:  # as in `_enter_writer`
+            pass
+        except ValueError as error:
+            if error.args != BUSY:
+                raise
         monitor = self._reader.monitor
         try:
             return monitor.enter(request)
@@ -793,7 +797,7 @@ class Ring:
 
     def _await(self, request: ReadRequest | Borrow, deadline: float | None, spun: bool = False) -> Any:
         """The answer to a request, once there is one. Who calls gives it back if it gets an exception instead."""
-        answer: Any = None
+        answer = self._enter_reader(request)
 
         def attempt() -> bool:
             nonlocal answer
@@ -801,7 +805,7 @@ class Ring:
                 answer = self._enter_reader(request)
             return answer is not None
 
-        if not attempt():
+        if answer is None:
             reader = self._reader
             if reader.parking is None:
                 raise self._is_closed()
@@ -1101,9 +1105,12 @@ class Reservation(_InPlace):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not self._done:
-            with suppress(*([RingClosed, BufferError] if kind else [])):  # the exception says more
-                self._commit(None if kind else self._nbytes)
+        if kind is None:
+            if not self._done:
+                self._commit(self._nbytes)
+        elif not self._done:
+            with suppress(RingClosed, BufferError):  # the exception says more
+                self._commit(None)
 
 
 class Borrowed(_InPlace):
@@ -1122,8 +1129,11 @@ class Borrowed(_InPlace):
         if self._ring._reader is not self._side:  # closed meanwhile, or in a forked child
             self._done = True
         else:
-            with suppress(*([BufferError] if kind else [])):  # the exception says more
+            try:
                 self._end(self._ring._enter_reader, Return(self._request))
+            except BufferError:
+                if kind is None:  # else the exception says more
+                    raise
 
 
 def _close_when_gone(segment: Segment, views: list[weakref.ref[memoryview]]) -> None:

@@ -193,8 +193,12 @@ class InPlace:
 
     def end(self, name: str) -> None:
         """Release the view at the end of the block, in the monitor; BufferError if something still uses it."""
-        if not self.released():
-            raise BufferError(f"the view of a message in place in ring {name!r} is still in use: {STILL_USED}")
+        try:
+            if self.view is not None:
+                self.view.release()
+        except BufferError:
+            what = f"the view of a message in place in ring {name!r} is still in use: {STILL_USED}"
+            raise BufferError(what) from None
 
     def is_over(self, name: str) -> bool:
         """Has its caller left, and is the view released? False: another thread still works on it.
@@ -536,6 +540,9 @@ class Writer:
         self._segment = segment
         self._lane = -1  # also while a claim is tried: an exception right after it must not lose it
         self._rung = 0  # the reader's epoch that this handle last rang
+        # Of the claimed lane: where its bytes begin, and the indices of its words.
+        self._first = self._write_pos = self._messages_in = self._read_pos = 0
+        self._reader_parked = (segment.layout.readers_offset + _layout.READER_PARKED) >> 3
         self._reserved: Reserve | None = None  # nothing else is written meanwhile
         self._fence: Fence = None
         self._order = segment.order_fence()
@@ -550,13 +557,12 @@ class Writer:
     @property
     def read_pos(self) -> int:
         """How far the reader has come in the claimed lane, in bytes."""
-        cursor = self._segment.layout.cursor(self._lane)
-        return int(self._segment.words[(cursor + _layout.READ_POS) >> 3])
+        return self._segment.words[self._read_pos]
 
     @property
     def write_pos(self) -> int:
         """How far the claimed lane is written, in bytes."""
-        return self._positions(self._lane)[1]
+        return self._segment.words[self._write_pos]
 
     def refuse_reentry(self) -> None:
         """Raise RuntimeError if this thread is inside, further up its stack."""
@@ -626,6 +632,9 @@ class Writer:
         for number in range(lane + 1):
             segment.map[layout.used_offset + number] = 1
         block = layout.lane_block(lane)
+        self._first = layout.lane_bytes(lane)
+        self._write_pos, self._messages_in = (block + _layout.WRITE_POS) >> 3, (block + _layout.MESSAGES_IN) >> 3
+        self._read_pos = (layout.cursor(lane) + _layout.READ_POS) >> 3
         self.parking = Parking(
             segment,
             block + _layout.WRITER_PARKED,
@@ -642,20 +651,18 @@ class Writer:
 
     def _ring(self) -> None:
         """W5, when the reader is asleep."""
-        layout = self._segment.layout
-        epoch = self._segment.words[(layout.readers_offset + _layout.READER_PARKED) >> 3]
+        epoch = self._segment.words[self._reader_parked]
         if epoch & 1 and epoch != self._rung:
-            self._segment.ring(layout.readers_offset + _layout.READER_BELL)
+            self._segment.ring(self._segment.layout.readers_offset + _layout.READER_BELL)
             self._rung = epoch  # after it: an exception in between rings twice, which harms nobody
 
     def _publish(self, pos: int, messages: int) -> None:
         """W3 to W5: all before `pos` may be read, `messages` more than before."""
-        words, block = self._segment.words, self._segment.layout.lane_block(self._lane)
+        words = self._segment.words
         if self._order:
             self._order()  # ORDER W2 before W3, else the reader copies what was never written
-        words[(block + _layout.WRITE_POS) >> 3] = pos  # W3
-        count = (block + _layout.MESSAGES_IN) >> 3
-        words[count] = words[count] + messages & WORD
+        words[self._write_pos] = pos  # W3
+        words[self._messages_in] = words[self._messages_in] + messages & WORD
         if self._fence:
             self._fence()  # W4
         self._ring()  # W5
@@ -671,7 +678,7 @@ class Writer:
             if not self._reserved.is_over(segment.name):
                 return pos, pos, RESERVED
             self._reserved = None
-        read_pos = self.read_pos  # W1, STALE OK: too small only makes us wait once more
+        read_pos = segment.words[self._read_pos]  # W1, STALE OK: too small only makes us wait once more
         if self._order:
             self._order()  # ORDER W1 before W2, else we write over what is still being copied
         if not 0 <= pos - read_pos <= capacity or (read_pos | pos) & 7 or pos >= POSITIONS:
@@ -681,7 +688,7 @@ class Writer:
             )
         padding, wanted = place(pos, read_pos, step, capacity)
         if padding:
-            segment.words[(segment.layout.lane_bytes(self._lane) + pos % capacity) >> 3] = PADDING  # W2
+            segment.words[(self._first + pos % capacity) >> 3] = PADDING  # W2
             pos += padding
             self._publish(pos, 0)
         return pos, min(read_pos + capacity, pos - pos % capacity + capacity), wanted
@@ -700,10 +707,8 @@ class Writer:
 
     def _next(self, size: int) -> tuple[int, int, int]:
         """Where a record for `size` bytes goes, its offset in the segment, and 0 or the read_pos that is wanted."""
-        layout = self._segment.layout
-        pos = self._segment.words[(layout.lane_block(self._lane) + _layout.WRITE_POS) >> 3]
-        pos, _, wanted = self._room(pos, record_bytes(size))
-        return pos, layout.lane_bytes(self._lane) + pos % layout.capacity, wanted
+        pos, _, wanted = self._room(self._segment.words[self._write_pos], record_bytes(size))
+        return pos, self._first + pos % self._segment.layout.capacity, wanted
 
     def _gather(self, request: Gather) -> int | None:
         pos, at, wanted = self._next(request.size)
@@ -729,12 +734,12 @@ class Writer:
 
     def _commit(self, request: Commit) -> None:
         """W2 is what the caller did to the view, and the length here."""
-        reserved, layout = request.reserved, self._segment.layout
+        reserved = request.reserved
         if self._reserved is not reserved:
             return
         reserved.end(self._segment.name)
         if request.size is not None:
-            at = layout.lane_bytes(self._lane) + reserved.pos % layout.capacity
+            at = self._first + reserved.pos % self._segment.layout.capacity
             self._segment.words[at >> 3] = request.size  # W2
             self._publish(reserved.pos + record_bytes(request.size), 1)
         self._reserved = None
@@ -743,8 +748,8 @@ class Writer:
 
     def _write_batch(self, batch: WriteBatch) -> int | None:
         segment, messages = self._segment, batch.messages
-        first, capacity = segment.layout.lane_bytes(self._lane), segment.layout.capacity
-        pos = segment.words[(segment.layout.lane_block(self._lane) + _layout.WRITE_POS) >> 3]
+        first, capacity = self._first, segment.layout.capacity
+        pos = segment.words[self._write_pos]
         while batch.done < len(messages):
             size = len(messages[batch.done])
             step = record_bytes(size)
@@ -782,9 +787,7 @@ class Writer:
             # C1: the writer before, or this one before an exception, may have ended between W3 and W5.
             segment.ring(layout.readers_offset + _layout.READER_BELL)
             fence = self._fence
-            write_pos = (layout.lane_block(self._lane) + _layout.WRITE_POS) >> 3
-            messages_in = (layout.lane_block(self._lane) + _layout.MESSAGES_IN) >> 3
-            first = layout.lane_bytes(self._lane)
+            write_pos, messages_in, first = self._write_pos, self._messages_in, self._first
             while True:
                 pos, count = words[write_pos], words[messages_in] & WORD >> 1
                 at = stop = first + pos % capacity  # records go from here to there: no room until looked for

@@ -14,6 +14,7 @@ rounds each way of sending passes a run that is not timed, where every byte of e
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import gc
 import html
@@ -31,7 +32,7 @@ import struct
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from multiprocessing import connection
 from typing import Any, Final, NamedTuple
@@ -195,8 +196,8 @@ else:
 
 # ---------------------------------------------------------------- what is measured, and how long
 
-PARTS: Final = ("latency", "throughput", "clients", "cpu")
-MODES: Final = ("spinning", "blocking", "asleep")
+PARTS: Final = ("latency", "throughput", "clients", "writers", "cpu")
+MODES: Final = ("spinning", "blocking", "asyncio", "asleep")
 SMALL: Final = (64, 1024)  # bytes; the sizes whose latency is measured
 SIZES: Final = (64, 1024, 1 << 16, 1 << 20)  # bytes; the sizes that are streamed
 WHOLE: Final = 1024  # bytes; messages up to this are compared whole, also while the time is taken
@@ -286,6 +287,7 @@ class Channel:
 
     label = ""
     spins = True  # there is a poller
+    awaits = False  # there is `awaited`
     shared = True  # several processes can send
 
     def sender(self, size: int) -> Callable[[bytes], Any]:
@@ -298,6 +300,10 @@ class Channel:
 
     def poller(self, size: int) -> Callable[[], Any]:
         """A function that returns a message, or None if none is there."""
+        raise NotImplementedError
+
+    def awaited(self, size: int) -> tuple[Callable[[bytes], Awaitable[None]], Callable[[], Awaitable[Any]]]:
+        """For tasks of asyncio: what sends a message, and what waits for one and returns it."""
         raise NotImplementedError
 
     @classmethod
@@ -313,6 +319,7 @@ class RingChannel(Channel):
     """A ring for each size of message."""
 
     label = "shmring"
+    awaits = True
 
     def __init__(self, name: str, capacities: dict[int, int], writers: int = 1) -> None:
         self.rings: dict[int, Ring] = {}
@@ -331,6 +338,9 @@ class RingChannel(Channel):
 
     def poller(self, size: int) -> Callable[[], Any]:
         return self.rings[size].try_read
+
+    def awaited(self, size: int) -> tuple[Callable[[bytes], Awaitable[None]], Callable[[], Awaitable[Any]]]:
+        return self.rings[size].write_async, self.rings[size].read_async
 
     @classmethod
     def requests(cls, channels: Sequence[Any], size: int) -> Iterator[Any]:
@@ -473,6 +483,7 @@ class RawPipeChannel(Channel):
 
     label = "os.pipe"
     spins = set_blocking is not None
+    awaits = sys.platform != "win32"  # by add_reader
 
     def __init__(self) -> None:
         self._out, self._in = raw_pipe()
@@ -492,6 +503,27 @@ class RawPipeChannel(Channel):
         set_blocking(fd, False)
         return unless_blocking(partial(os.read, fd, size))
 
+    def awaited(self, size: int) -> tuple[Callable[[bytes], Awaitable[None]], Callable[[], Awaitable[Any]]]:
+        """As bare as it can be: one callback for all messages, which reads, and a future for each."""
+        poll, write = self.poller(size), partial(os.write, self._in.fileno())
+        waiting: list[asyncio.Future[Any]] = []
+
+        def readable() -> None:
+            if waiting:
+                waiting.pop().set_result(poll())
+
+        def receive() -> Awaitable[Any]:
+            loop = asyncio.get_running_loop()
+            if not waiting:
+                loop.add_reader(self._out.fileno(), readable)
+            waiting.append(loop.create_future())
+            return waiting[0]
+
+        async def send(message: bytes) -> None:
+            write(message)
+
+        return send, receive
+
     def close(self) -> None:
         self._out.close()
         self._in.close()
@@ -502,7 +534,8 @@ LABELS: Final = tuple(kind.label for kind in KINDS)
 OURS, *PEERS = LABELS
 BATCHED: Final = f"{OURS}, batched"
 ITERATED: Final = f"{OURS}, iterated"
-WAYS: Final = (OURS, BATCHED, ITERATED, *PEERS)  # to stream
+VIEWED: Final = f"{OURS}, by view"
+WAYS: Final = (OURS, BATCHED, ITERATED, VIEWED, *PEERS)  # to stream
 
 
 def filler(read_into: Callable[[memoryview], int], size: int) -> Callable[[], bytearray]:
@@ -579,6 +612,14 @@ def stream_out(job: Stream) -> int:
         for _ in range(job.laps):
             write_many(messages)
         return start
+    if job.way == VIEWED:
+        reserve = channel.rings[job.size].reserve
+        start = clock()
+        for _ in range(job.laps):
+            for message in messages:
+                with reserve(job.size) as view:
+                    view[:] = message
+        return start
     send = channel.sender(job.size)
     start = clock()
     for _ in range(job.laps):
@@ -595,6 +636,14 @@ def stream_in(job: Stream) -> int:
         return batches_in(channel.rings[job.size].read_many, due, job.laps)
     if job.way == ITERATED:
         return iterated_in(iter(channel.rings[job.size]), due, job.laps)
+    if job.way == VIEWED:
+        borrow = channel.rings[job.size].borrow
+        for _ in range(job.laps):
+            for expected in due:
+                with borrow() as view:
+                    if view != expected:
+                        complain(view, expected)
+        return clock()
     receive = channel.receiver(job.size)
     for _ in range(job.laps):
         for expected in due:
@@ -628,6 +677,8 @@ def batches_in(read_many: Callable[[int], list[bytes]], due: list[Any], laps: in
 
 def ping(label: str, size: int, mode: str, count: int) -> array[int]:
     """Send messages and wait for each to come back; the nanoseconds of the round trips."""
+    if mode == "asyncio":
+        return asyncio.run(ping_in_loop(label, size, count))
     forth, back = _channels[label]
     send, receive = forth.sender(size), (back.poller if mode == "spinning" else back.receiver)(size)
     samples = array("q")
@@ -644,12 +695,38 @@ def ping(label: str, size: int, mode: str, count: int) -> array[int]:
 
 def pong(label: str, size: int, mode: str, count: int) -> None:
     """Send back what `ping` sends."""
+    if mode == "asyncio":
+        return asyncio.run(pong_in_loop(label, size, count))
     forth, back = _channels[label]
     send, receive = back.sender(size), (forth.poller if mode == "spinning" else forth.receiver)(size)
     for expected in itertools.islice(itertools.cycle(messages_of(size, BATCH[size])), count):
         while (message := receive()) is None:
             pass
         send(message)
+        if message != expected:
+            complain(message, expected)
+
+
+async def ping_in_loop(label: str, size: int, count: int) -> array[int]:
+    forth, back = _channels[label]
+    (send, _), (_, receive) = forth.awaited(size), back.awaited(size)
+    samples = array("q")
+    for message in itertools.islice(itertools.cycle(messages_of(size, BATCH[size])), count):
+        start = clock()
+        await send(message)
+        answer = await receive()
+        samples.append(clock() - start)
+        if answer != message:
+            complain(answer, message)
+    return samples
+
+
+async def pong_in_loop(label: str, size: int, count: int) -> None:
+    forth, back = _channels[label]
+    (_, receive), (send, _) = forth.awaited(size), back.awaited(size)
+    for expected in itertools.islice(itertools.cycle(messages_of(size, BATCH[size])), count):
+        message = await receive()
+        await send(message)
         if message != expected:
             complain(message, expected)
 
@@ -738,6 +815,41 @@ def be_client(label: str, client: int, count: int, start: int) -> Talk:
 def be_server(label: str, count: int) -> None:
     requests, replies = _channels[label]
     answer(type(requests[0]).requests(requests, REQUEST), [channel.sender(REQUEST) for channel in replies], count)
+
+
+def be_writer(label: str, way: str, client: int, count: int, start: int) -> int:
+    """Send so many messages as one of several writers; returns when it began."""
+    requests, rest = _channels[label][0], pattern(client, REQUEST)[16:]
+    messages = [_STAMPED.pack(number, client) + rest for number in range(count)]
+    send, most = requests.sender(REQUEST), BATCH[REQUEST]
+    time.sleep(max(0, start - clock()) / 1e9)
+    began = clock()
+    if way == BATCHED:
+        for at in range(0, count, most):
+            requests.rings[REQUEST].write_many(messages[at : at + most])
+    else:
+        for message in messages:
+            send(message)
+    return began
+
+
+def be_reader_of(label: str, way: str, writers: int, count: int) -> int:
+    """Receive what these writers send; returns when it ended, and looks only then whether all came in order."""
+    requests = _channels[label][0]
+    received: list[Any] = []
+    if way == BATCHED:
+        while len(received) < writers * count:
+            received += requests[0].rings[REQUEST].read_many()
+    else:
+        received = list(itertools.islice(type(requests[0]).requests(requests, REQUEST), writers * count))
+    end = clock()
+    due = [0] * writers
+    for message in received:
+        number, client = _STAMPED.unpack(message[:16])
+        if client >= writers or number != due[client] or message[16:] != pattern(client, REQUEST)[16:]:
+            complain(message, pattern(0, REQUEST))
+        due[client] += 1
+    return end
 
 
 def rehearse(channel: RingChannel, count: int) -> None:
@@ -893,9 +1005,9 @@ class Office:
             fleet.hire({label: self._of(client, link) for label, link in links.items()}) for client in range(CLIENTS)
         ]
 
-    def _links(self, label: str) -> tuple[list[Any], list[Any]]:
+    def _links(self, label: str, capacity: int = CLIENT_CAPACITY) -> tuple[list[Any], list[Any]]:
         """Channels for requests, one for all or one each, as the mechanism needs; and one each for replies."""
-        size = {REQUEST: CLIENT_CAPACITY}
+        size = {REQUEST: capacity}
         many = 1 if KINDS[LABELS.index(label)].shared else CLIENTS
         requests = [make(label, self._channels, size, CLIENTS) for _ in range(many)]
         return requests, [make(label, self._channels, size) for _ in range(CLIENTS)]
@@ -914,6 +1026,22 @@ class Office:
         seconds = max(talk.end for talk in talks) - min(talk.start for talk in talks)
         return Run(each * CLIENTS, seconds / 1e9, talks=talks)
 
+    def crowd(self, way: str, writers: int, messages: int) -> Run:
+        """So many writers send to the server, as much each, all at the same time."""
+        label, each = way.partition(",")[0], max(1, messages // writers)
+        start = clock() + 10_000_000
+        jobs = [(worker, be_writer, label, way, number, each, start) for number, worker in enumerate(self._clients)]
+        end, *began = self._run((self._server, be_reader_of, label, way, writers, each), *jobs[:writers])
+        return Run(each * writers, (end - min(began)) / 1e9)
+
+    def _connect(self, link: tuple[list[Any], list[Any]]) -> None:
+        jobs = [(worker, connect, OURS, *self._of(client, link)) for client, worker in enumerate(self._clients)]
+        self._run((self._server, connect, OURS, *link), *jobs)
+
+    def connect_wide_lanes(self, capacity: int) -> None:
+        """Open rings with lanes for streams in the place of those with short ones."""
+        self._connect(self._links(OURS, capacity))
+
     def connect_rings(self, rehearsals: int) -> dict[str, float]:
         """Open the rings and use them; by how many bytes the memory for each client grew, and where, if that is told.
 
@@ -925,8 +1053,7 @@ class Office:
         self._run(*((worker, rehearse, stage, rehearsals) for worker, stage in zip(everybody, stages)))
         before = private_bytes(everybody)
         (requests,), replies = link = self._links(OURS)
-        jobs = [(worker, connect, OURS, *self._of(client, link)) for client, worker in enumerate(self._clients)]
-        self._run((self._server, connect, OURS, *link), *jobs)
+        self._connect(link)
         self.talk(OURS, rehearsals * CLIENTS)
         self._run(*((worker, gc.collect) for worker in everybody))
         if not TELLS_MEMORY:
@@ -1104,19 +1231,20 @@ def tail(samples: Iterable[Sequence[float]]) -> dict[str, float]:
     return {name: ordered[math.ceil(share * len(ordered)) - 1] / 1e3 for name, share in TAIL.items()}
 
 
-# ---------------------------------------------------------------- the four parts
+# ---------------------------------------------------------------- the parts
 
 
 def run_latency(bench: Bench, pair: Pair) -> None:
     """How long one message takes."""
     bench.say(
         "LATENCY, one way, in microseconds: p50 of each round, their median and range; beyond it, of all rounds",
-        "together. Spinning, blocking: half of a round trip. Asleep: the reader gets a pause to fall asleep in",
-        f"before each message ({PAUSE * 1e3:g} ms), and the time is from before the sending to after the receiving.",
+        "together. Spinning, blocking, asyncio (tasks on both sides): half of a round trip. Asleep: the reader gets",
+        f"a pause to fall asleep in before each message ({PAUSE * 1e3:g} ms), from before sending to after receiving.",
     )
     for mode, size in itertools.product(MODES, SMALL):
         case = f"{bytes_of(size)}, {mode}"
-        labels = [kind.label for kind in KINDS if kind.spins or mode != "spinning"]
+        needs = {"spinning": "spins", "asyncio": "awaits"}.get(mode, "label")
+        labels = [kind.label for kind in KINDS if getattr(kind, needs)]
         ways = {label: partial(pair.latency, label, size, mode) for label in labels}
         runs = bench.rounds(case, ways, bench.scale.seconds, MOST_SAMPLES)
         for label in labels:
@@ -1129,7 +1257,7 @@ def run_latency(bench: Bench, pair: Pair) -> None:
             found = sum(min(run.parks, run.messages) for run in runs[OURS])
             note += f"; {found:,} of {sum(run.messages for run in runs[OURS]):,} messages found the reader asleep"
         columns = {**figure("p50"), **further("p99", "p99.9", "max"), "gain": bench.gain_cell}
-        bench.show("latency", case, LABELS, columns, note)
+        bench.show("latency", case, labels if mode == "asyncio" else LABELS, columns, note)
 
 
 def about(label: str, size: int) -> dict[str, int]:
@@ -1142,12 +1270,12 @@ def run_throughput(bench: Bench, pair: Pair) -> None:
     """How many messages pass in a second."""
     bench.say(
         "THROUGHPUT, one writer to one reader, in messages a second. Batched: write_many and read_many; iterated:",
-        "write, and `for message in ring`; all else is a call for each message. Gains: of shmring with a call",
-        "for each message, and batched, over the peer with a call for each.",
+        "write, and `for message in ring`; by view: reserve, one copy into it, borrow; all else is a call for each",
+        "message. Gains: of shmring with a call for each message, batched, and by view, over the peer.",
     )
     for size in SIZES:
         case = bytes_of(size)
-        ways = [way for way in WAYS if way != ITERATED or size == SIZES[0]]
+        ways = [way for way in WAYS if {ITERATED: size == SIZES[0], VIEWED: size > WHOLE}.get(way, True)]
         checked = max(4, min(bench.scale.checked, (1 << 23) // size))
         for way in ways:
             bench.progress.show(case, f"every byte, {way}")
@@ -1159,11 +1287,13 @@ def run_throughput(bench: Bench, pair: Pair) -> None:
             bench.note("throughput", case, way, "messages/s", rates, **more)
         columns = {**figure("messages/s", rate), **further("GB/s"), "gain": bench.gain_cell}
         columns["batched"] = lambda result: bench.gain_cell(result, BATCHED)
+        if VIEWED in ways:
+            columns["by view"] = lambda result: bench.gain_cell(result, VIEWED)
         note = f"  shmring: a ring of {bytes_of(CAPACITY[size])}, batches of {BATCH[size]:,}"
         bench.show("throughput", case, ways, columns, f"{note}; of each, every byte of {checked:,} messages checked")
 
 
-def run_clients(bench: Bench, office: Office) -> None:
+def run_clients(bench: Bench, office: Office, growth: dict[str, float]) -> None:
     """Some clients ask one server, all at the same time."""
     bench.say(
         f"CLIENTS, {CLIENTS} of one server: each sends {REQUEST} B and waits for the same as a reply, over and over.",
@@ -1171,8 +1301,6 @@ def run_clients(bench: Bench, office: Office) -> None:
         f"requests, a ring each for replies, lanes of {bytes_of(CLIENT_CAPACITY)}. Gain: of the rate.",
     )
     case = f"{CLIENTS} clients"
-    bench.progress.show(case, "memory")
-    growth = office.connect_rings(bench.scale.checked)
     runs = bench.rounds(case, {label: partial(office.talk, label) for label in LABELS}, bench.scale.clients_seconds)
     for label in LABELS:
         each = [of_client(talks) for talks in zip(*(run.talks for run in runs[label]))]
@@ -1190,6 +1318,22 @@ def run_clients(bench: Bench, office: Office) -> None:
     bench.note("clients", "memory", OURS, "B/client", [growth["beyond the lanes"]], **growth)
     rows = [[f"  {what}", digits(size / 1e3)] for what, size in growth.items()]
     bench.table(["memory for each client, shmring", "KB of 1,000"], rows, "  files: st_blocks; own: growth of the PSS")
+
+
+def run_writers(bench: Bench, office: Office) -> None:
+    """One reader of some writers, who do nothing but write."""
+    size = CAPACITY[REQUEST]
+    office.connect_wide_lanes(size)
+    bench.say(f"WRITERS, messages of {REQUEST} B a second to one reader; shmring: a lane of {bytes_of(size)} each.")
+    ways = [way for way in WAYS if way not in (ITERATED, VIEWED)]
+    for writers in (1, CLIENTS):
+        case = f"{writers} writer{'s' * (writers > 1)}"
+        runs = bench.rounds(case, {way: partial(office.crowd, way, writers) for way in ways}, bench.scale.seconds)
+        for way in ways:
+            rates = [run.messages / run.seconds for run in runs[way]]
+            bench.note("writers", case, way, "messages/s", rates, size=REQUEST, capacity=size)
+        columns = {**figure("messages/s", rate), "gain": bench.gain_cell}
+        bench.show("writers", case, ways, {**columns, "batched": lambda result: bench.gain_cell(result, BATCHED)})
 
 
 def of_client(talks: Sequence[Talk]) -> dict[str, float]:
@@ -1213,7 +1357,7 @@ def run_cpu(bench: Bench, pair: Pair, fleet: Fleet, channels: contextlib.ExitSta
     bench.say("CPU, user and system time: of both processes for a stream, of a reader without a message")
     size = SIZES[0]
     case = f"{bytes_of(size)}, seconds per million"
-    ways = [way for way in WAYS if way != ITERATED]
+    ways = [way for way in WAYS if way not in (ITERATED, VIEWED)]
     runs = bench.rounds(case, {way: partial(pair.stream_and_cpu, size, way) for way in ways}, bench.scale.seconds)
     for way in ways:
         costs = [run.cpu / run.messages * 1e6 for run in runs[way]]
@@ -1247,15 +1391,30 @@ class Goal(NamedTuple):
 def goals(bench: Bench) -> list[Goal]:
     """Those of which the figures were measured."""
     found = []
-    for mode, asked in (("blocking", 10), ("spinning", 1.6)):
+    for mode, asked in (("blocking", 3.5), ("spinning", 0.9)):
         latency = bench.find("latency", f"64 B, {mode}", OURS)
         if latency:
             found.append(Goal(f"latency, 64 B, {mode}, p50", latency.median, "us", asked, True))
-    for case, way, asked in (("64 B", OURS, 1), ("64 B", BATCHED, 6), ("64 KiB", OURS, 5)):
-        pipe = bench.find("throughput", case, "os.pipe")
-        if pipe:
-            what = f"{case}, {'batched' if way == BATCHED else 'a call each'}, to os.pipe"
-            found.append(Goal(what, bench.gain(pipe, way) or 0, "x", asked, False))
+    ratios = [
+        ("latency", "64 B, asyncio", OURS, "os.pipe", 1 / 1.5),
+        *(("throughput", "64 B", OURS, peer, asked) for peer, asked in zip(PEERS, (25, 7, 0, 1.5)) if asked),
+        ("throughput", "64 B", BATCHED, "os.pipe", 9),
+        ("throughput", "1 KiB", OURS, "os.pipe", 2),
+        ("throughput", "64 KiB", OURS, "os.pipe", 7),
+        ("throughput", "64 KiB", VIEWED, "os.pipe", 10),
+        ("throughput", "1 MiB", OURS, SocketChannel.label, 3.5),
+        ("throughput", "1 MiB", VIEWED, SocketChannel.label, 4.5),
+    ]
+    for part, case, way, peer, asked in ratios:
+        result = bench.find(part, case, peer)
+        if result:
+            how = way.partition(", ")[2] or "a call each"
+            found.append(Goal(f"{case}, {how}, to {peer}", bench.gain(result, way) or 0, "x", asked, False))
+    one, ten = (bench.find("writers", case, OURS) for case in ("1 writer", f"{CLIENTS} writers"))
+    batched = bench.find("writers", f"{CLIENTS} writers", BATCHED)
+    if one and ten and batched:
+        found.append(Goal(f"{CLIENTS} writers, to one of them", ten.median / one.median, "x", 0.85, False))
+        found.append(Goal(f"{CLIENTS} writers, batched", batched.median / 1e6, "M/s", 5, False))
     memory = bench.find("clients", "memory", OURS)
     if memory:
         found.append(Goal("a client's memory beyond the lanes", memory.median / 1e3, "KB", 38, True))
@@ -1267,7 +1426,7 @@ def show_goals(bench: Bench) -> None:
         [
             f"  {goal.what}",
             f"{digits(goal.measured)} {goal.unit}",
-            f"{'under' if goal.less else 'at least'} {goal.asked:g}",
+            f"{'under' if goal.less else 'at least'} {goal.asked:.2g}",
             "met" if goal.met else "not met here",
         ]
         for goal in goals(bench)
@@ -1317,7 +1476,7 @@ def as_json(bench: Bench, env: dict[str, Any]) -> str:
     return json.dumps(everything, indent=1)
 
 
-PALETTE: Final = ("#d1480a", "#f0a070", "#f7cbb0", "#8a6fb0", "#4c86c6", "#3f9e8f", "#8c8c8c")
+PALETTE: Final = ("#d1480a", "#f0a070", "#f7cbb0", "#b0752a", "#8a6fb0", "#4c86c6", "#3f9e8f", "#8c8c8c")
 WIDTH, LEFT, RIGHT, BAR = 900, 130, 730, 15  # the picture's width, where bars begin and end at most, a bar's height
 
 
@@ -1439,7 +1598,7 @@ def target(path: str) -> str:
 
 def measure(bench: Bench, only: Sequence[str]) -> None:
     """Measure these parts. Whatever happens: first the processes end, then the channels go."""
-    if set(only) - {"clients"}:
+    if set(only) - {"clients", "writers"}:
         with contextlib.ExitStack() as channels, Fleet() as fleet:
             pair = Pair(fleet, channels)
             if "latency" in only:
@@ -1448,10 +1607,15 @@ def measure(bench: Bench, only: Sequence[str]) -> None:
                 run_throughput(bench, pair)
             if "cpu" in only:
                 run_cpu(bench, pair, fleet, channels)
-    if "clients" in only:
+    if {"clients", "writers"} & set(only):
         with contextlib.ExitStack() as channels, Fleet() as fleet:
             bench.progress.show("clients", "starting them")
-            run_clients(bench, Office(fleet, channels))
+            office = Office(fleet, channels)
+            growth = office.connect_rings(bench.scale.checked)
+            if "clients" in only:
+                run_clients(bench, office, growth)
+            if "writers" in only:
+                run_writers(bench, office)
     show_goals(bench)
 
 

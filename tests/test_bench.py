@@ -82,7 +82,7 @@ def check_memory(told, out):
     assert bench.TELLS_MEMORY or WINDOWS
     assert ("beyond the lanes" in out) == bench.TELLS_MEMORY
     assert ("memory for each client, shmring: not measured" in out) != bench.TELLS_MEMORY
-    assert len(told["goals"]) == (6 if bench.TELLS_MEMORY else 5)
+    assert len(told["goals"]) == 15 - (not bench.TELLS_MEMORY) - WINDOWS  # a pipe is nothing for loops there
 
 
 def check_remarks(environment, out, words):
@@ -105,9 +105,14 @@ def check_results(results):
         for size in ("64 B", "1 KiB", "64 KiB", "1 MiB"):
             assert ("throughput", size, who) in found
         assert ("clients", "10 clients", who) in found
+        assert ("writers", "1 writer", who) in found and ("writers", "10 writers", who) in found
         assert ("cpu", "64 B, seconds per million", who) in found
     assert ("throughput", "64 B", "shmring, batched") in found
     assert ("throughput", "64 B", "shmring, iterated") in found
+    assert ("throughput", "64 KiB", "shmring, by view") in found
+    assert ("writers", "10 writers", "shmring, batched") in found
+    assert ("latency", "64 B, asyncio", "shmring") in found
+    assert (("latency", "64 B, asyncio", "os.pipe") in found) != WINDOWS
     for result in results:
         assert result["min"] <= result["median"] <= result["max"]
         assert len(result["rounds"]) == 1  # --smoke
@@ -129,7 +134,7 @@ def test_json_on_stdout_is_nothing_but_json(run):
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
-        (["--only", "latency,speed"], "there is no part 'speed'; choose from latency, throughput, clients, cpu"),
+        (["--only", "latency,speed"], "there is no part 'speed'; choose from latency, throughput, clients, writers, cpu"),
         (["--repeat", "0"], "a number from 1 on, not '0'"),
         (["--json", "/no/such/directory/file"], "cannot write to '/no/such/directory/file'"),
         (["--json", "-", "--svg", "-"], "cannot both go to stdout"),

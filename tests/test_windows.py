@@ -175,7 +175,7 @@ def stranger(name):
 
 
 def header_of(nonce, **changes):
-    layout = _layout.new_layout(4096, 2, "one", False)._replace(nonce=nonce, **changes)
+    layout = _layout.Layout(**{"capacity": 4096, "writers": 2, "keep": False, "nonce": nonce, **changes})
     return _layout.pack_header(layout, _windows.MACHINE)
 
 
