@@ -16,6 +16,7 @@ from support import kill_yourself
 
 from shmring import Doorbell, Ring, RingBusy, RingClosed, RingTimeout, _layout
 from shmring._backend import os_backend
+from shmring._loop import BUSY
 
 needs_selectors = pytest.mark.skipif(WINDOWS, reason="selectors wait for nothing but sockets here")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -586,3 +587,235 @@ def test_the_states_of_a_doorbell_are_told_in_the_ring(ring, other):
     other.attach_doorbell()
     words = other._segment.words
     assert words[word] & _layout.ATTACHED and words[word] >> 2 == first + 1
+
+
+# ---------------------------------------------------------------- what a review found
+
+
+def test_a_task_that_has_no_room_lets_one_run_whose_room_is_there(ring, in_time):
+    """A task that needs more must not look again and again while another one's smaller need is met."""
+
+    async def main():
+        while ring.try_write(bytes(1000)):
+            pass
+        small = asyncio.ensure_future(ring.write_async(bytes(500)))
+        await asyncio.sleep(0.01)
+        assert not small.done()
+        assert ring.try_read() is not None  # room for the small one, which has not run yet
+        large = asyncio.ensure_future(ring.write_async(bytes(3000)))
+        await small
+        assert len(await ring.read_many_async()) == 4
+        await large
+
+    run(main())
+
+
+def in_thread(loops):
+    """A running loop in a thread of its own, both to be ended by `end`."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    loops.append((loop, thread))
+    return loop, thread
+
+
+@pytest.fixture
+def loops():
+    started = []
+    yield started
+    for loop, thread in started:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(DEADLINE)
+        loop.close()
+
+
+def test_a_loop_that_hears_does_not_take_the_ring_of_an_epoch_begun_meanwhile(ring, other, loops, monkeypatch):
+    """What one thread's loop hears must not leave another's task asleep in an epoch that was rung already."""
+    (first, hearing), (second, arming) = in_thread(loops), in_thread(loops)
+    submit = asyncio.run_coroutine_threadsafe
+    listens = submit(ring.read_async(), first)
+    watch = wait_until(lambda: ring._watches.get(ring._reader))
+    wait_until(lambda: watch._waiting and watch._parking._armed[0] == 0)
+    listens.cancel()
+    wait_until(lambda: not watch._waiting)  # the first loop listens yet, for nobody
+    armed, emptied, got, reading = threading.Event(), threading.Event(), [], []
+    parking = watch._parking
+    actual_heard, actual_arm = parking.doorbell.heard, parking.arm
+
+    async def read():
+        for _ in range(3):
+            got.append(await ring.read_async())
+
+    def heard():
+        if threading.current_thread() is not hearing or armed.is_set():
+            return actual_heard()
+        reading.append(submit(read(), second))
+        assert armed.wait(DEADLINE)  # it has taken the first message
+        other.write(b"2")
+        answer = actual_heard()
+        emptied.set()
+        return answer
+
+    def arm(*args):
+        answer = actual_arm(*args)
+        if threading.current_thread() is arming and not armed.is_set():
+            armed.set()
+            assert emptied.wait(DEADLINE)
+        return answer
+
+    monkeypatch.setattr(parking.doorbell, "heard", heard)
+    monkeypatch.setattr(parking, "arm", arm)
+    other.write(b"1")
+    wait_until(lambda: len(got) == 2 and watch._waiting and parking._armed[0] == 0)
+    other.write(b"3")
+    assert reading[0].result(DEADLINE) is None and got == [b"1", b"2", b"3"]
+
+
+def test_a_stream_does_not_end_the_announcement_of_a_task_that_waits(ring, other, loops, monkeypatch):
+    """A task that never waits must not have writers leave out the ring that another one sleeps for."""
+    other.write(b"claimed")
+    assert ring.try_read() == b"claimed"
+    loop, _ = in_thread(loops)
+    published, may_ring = threading.Event(), threading.Event()
+    actual = other._writer._ring
+
+    def late():
+        published.set()
+        assert may_ring.wait(DEADLINE)
+        actual()
+
+    async def main():
+        sleeping = asyncio.ensure_future(ring.read_async(timeout=DEADLINE))
+        await asyncio.sleep(0.01)
+        monkeypatch.setattr(other._writer, "_ring", late)
+        writing = threading.Thread(target=other.write_many, args=([b"%d" % number for number in range(8)],))
+        writing.start()
+        assert published.wait(DEADLINE)
+        for number in range(BUSY + 1):
+            assert await ring.read_async() == b"%d" % number
+        may_ring.set()
+        begin = time.perf_counter()
+        assert await sleeping == b"%d" % (BUSY + 1)
+        assert time.perf_counter() - begin < DEADLINE / 2
+        writing.join(DEADLINE)
+
+    asyncio.run_coroutine_threadsafe(main(), loop).result(DEADLINE)
+
+
+def test_who_takes_messages_by_hand_does_not_take_a_tasks_ring(ring, other, monkeypatch):
+    """`try_read` hears the doorbell for a task of the same handle as well, which must not sleep on."""
+
+    async def main():
+        sleeping = asyncio.ensure_future(ring.read_async())
+        await asyncio.sleep(0.01)
+        doorbell = ring._reader.parking.doorbell
+        actual = doorbell.heard
+
+        def heard():
+            monkeypatch.setattr(doorbell, "heard", actual)
+            other.write(b"1")  # both come between `try_read`'s look and its announcement
+            other.write(b"2")
+            return actual()
+
+        monkeypatch.setattr(doorbell, "heard", heard)
+        assert ring.try_read() == b"1"
+        assert await sleeping == b"2"
+
+    run(main())
+
+
+@needs_selectors
+def test_a_descriptor_that_has_become_a_strangers_is_left_alone(ring):
+    """A doorbell that was closed behind its back must not be read from, nor written to: the number is not ours."""
+    number = ring.fileno()
+    assert ring.try_read() is None
+    os.close(number)
+    end, writing = os.pipe()
+    os.write(writing, b"a stranger's")
+    if end != number:
+        os.dup2(end, number)
+    os.set_blocking(number, False)
+    with pytest.raises(OSError, match="closed, maybe behind its back"):
+        ring.try_read()
+    assert not ring._reader.parking.doorbell.ring()
+    assert os.read(number, 100) == b"a stranger's"
+    ring.close()
+    os.close(writing)
+    for fd in {end, number}:
+        os.close(fd)  # not closed by the handle
+
+
+def test_a_handle_that_another_thread_closes_before_a_task_sleeps_is_closed(ring):
+    """Between a task's look and its sleep the doorbell may go: that is RingClosed, not an error of a descriptor."""
+
+    async def main():
+        actual = ring._take
+
+        def take():
+            answer = actual()
+            thread = threading.Thread(target=ring.close)
+            thread.start()
+            thread.join(DEADLINE)
+            return answer
+
+        ring._take = take
+        with pytest.raises(RingClosed):
+            await ring.read_async(timeout=DEADLINE)
+
+    run(main())
+
+
+WAKING = ["_loop", "_words"]  # the modules
+
+
+def interrupted_at(number, work):
+    """Do `work`, with an exception at the line of that number that wakes and closes. False: it has fewer."""
+    left = number
+    files = {sys.modules[f"{Ring.__module__.rpartition('.')[0]}.{name}"].__file__ for name in WAKING}
+
+    def trace(frame, event, arg):
+        nonlocal left
+        if frame.f_code.co_filename not in files:
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return left <= 0
+
+
+@pytest.mark.parametrize("what", ["close", "hear"])
+def test_an_exception_while_tasks_are_woken_leaves_none_asleep(name, what):
+    """A signal handler's exception at any line of it must not lose the wake-up: `close` is called again, or the loop
+    hears the doorbell once more."""
+    for number in range(1, 400):
+        loop = asyncio.new_event_loop()
+        with Ring.create(name, 4096) as ring, Ring.open(name) as other:
+            task = loop.create_task(ring.read_async())
+            loop.run_until_complete(asyncio.sleep(0))
+            watch = ring._watches[ring._reader]
+            assert watch._waiting
+            if what == "close":
+                more = interrupted_at(number, ring.close)
+                ring.close()
+            else:
+                other.write(b"1")
+                more = interrupted_at(number, watch._heard)
+            loop.run_until_complete(asyncio.wait([task], timeout=DEADLINE))
+            assert task.done(), f"asleep after an exception at line {number}"
+            assert task.exception() is None if what == "hear" else isinstance(task.exception(), RingClosed)
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+        if not more:
+            return
+    raise AssertionError("there is no end to it")
