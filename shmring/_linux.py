@@ -178,10 +178,11 @@ def _doorbells(name: str, nonce: bytes) -> str:
 def _remove_doorbells(name: str, nonce: bytes) -> None:
     """Remove what killed processes left, when nobody has the ring open."""
     prefix = _doorbells(name, nonce)
-    with contextlib.suppress(OSError):  # no descriptor left, or they are another user's: they harm nobody
+    with contextlib.suppress(OSError):  # no descriptor left: they harm nobody
         for entry in os.listdir(DIRECTORY):
             if entry.startswith(prefix):
-                os.unlink(f"{DIRECTORY}/{entry}")
+                with contextlib.suppress(OSError):  # another user's
+                    os.unlink(f"{DIRECTORY}/{entry}")
 
 
 def _leads_to(path: str, fd: int) -> bool:
@@ -230,6 +231,8 @@ def unlink(name: str) -> None:
         fd = _open(name, noted)
         passing._open_locks(fd)  # a descriptor that forks know of: a child would keep the lock
         _remove(name, passing._locks)
+        if _lock(passing._locks, fcntl.F_WRLCK, _layout.PRESENCE):
+            _remove_doorbells(name, _layout.nonce_of(os.pread(fd, _layout.HEADER_BYTES, 0)))
     finally:
         for number in noted:
             os.close(number)
@@ -474,7 +477,7 @@ class Segment:
             _remove(self.name, self._locks)
 
     def leave(self) -> None:
-        """Give up the presence, and remove the name if nobody else is present and it is not to be kept.
+        """Give up the presence, and remove what is left if nobody else is present: not a name that is to be kept.
 
         The roles and the memory stay with us: for the end of a process, whose other threads still run.
         """
@@ -482,7 +485,8 @@ class Segment:
         if self._own(fd):
             # First let go, then see: of two that leave at once, each would see the other still there.
             _lock(fd, fcntl.F_UNLCK, _layout.PRESENCE)
-            if not self.layout.keep and _lock(fd, fcntl.F_WRLCK, _layout.PRESENCE):
+            kept = self.layout.keep and _leads_to(_path(self.name), fd)
+            if not kept and _lock(fd, fcntl.F_WRLCK, _layout.PRESENCE):
                 try:
                     _remove_doorbells(self.name, self.layout.nonce)
                     _remove(self.name, fd)
@@ -577,6 +581,8 @@ def _clear_the_way(name: str, replace: bool) -> bool:
             raise FileExistsError(errno.EEXIST, what, name)
         passing._open_locks(fd)  # a descriptor that forks know of: a child would keep the locks
         if not _lock(passing._locks, fcntl.F_WRLCK, _layout.PRESENCE):
+            if _holder(passing._locks, _layout.PRESENCE) != fcntl.F_RDLCK:
+                return False  # who removes what is left of it: nobody has it open
             if replace:
                 raise RingBusy(f"ring {name!r} cannot be replaced: somebody has it open")
             raise FileExistsError(errno.EEXIST, "a ring of this name exists and somebody has it open", name)

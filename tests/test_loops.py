@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import glob
 import os
 import selectors
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import DEADLINE, KILLED, WINDOWS, segments, wait_until
-from support import kill_yourself
+from support import DARWIN, kill_yourself
 
-from shmring import Doorbell, Ring, RingBusy, RingClosed, RingTimeout, _layout
+from shmring import Doorbell, Ring, RingBusy, RingClosed, RingTimeout, _layout, unlink
 from shmring._backend import os_backend
 from shmring._loop import BUSY
 
+with contextlib.suppress(ImportError):
+    import fcntl
+
+ON_LINUX = sys.platform == "linux" and not DARWIN
 needs_selectors = pytest.mark.skipif(WINDOWS, reason="selectors wait for nothing but sockets here")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
@@ -203,32 +210,81 @@ def test_the_successor_of_a_killed_reader_hears_its_own(ring, children):
                 assert is_rung(reader) and reader.try_read() == b"%d" % number
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks at Linux' names")
-def test_what_a_killed_reader_leaves_goes_with_the_ring(name, children):
-    def left():
-        return [entry for entry in os.listdir("/dev/shm") if entry.startswith(f"shmbell.{name}.")]
+def fifos(name):
+    """The doorbells of a ring of this name that are there, also of processes that were killed."""
+    if WINDOWS:
+        pytest.skip("they are events, which go with their processes")
+    if ON_LINUX:
+        return glob.glob(f"{os_backend.DIRECTORY}/{os_backend.DOORBELLS}{name}.*")
+    found = Path(os_backend._folder()).glob("ring-*/doorbell-*")
+    return [path for path in found if path.with_name("ring").read_text().endswith(f"\n{name}\n")]
 
-    if not hasattr(os_backend, "DOORBELLS"):
-        pytest.skip("the macOS backend is played")
+
+def create_and_die(name, keep=False):
+    ring = Ring.create(name, 4096, keep=keep)
+    ring.attach_doorbell()
+    kill_yourself()
+
+
+def test_what_a_killed_reader_leaves_goes_with_the_ring(name, children):
     with Ring.create(name, 4096):
         assert children.join(children.start(attach_and_die, name)) == KILLED
-        assert len(left()) == 1
+        assert len(fifos(name)) == 1
         with Ring.open(name) as reader:
             reader.attach_doorbell()
-            assert len(left()) == 1
-        assert not left()
+            assert len(fifos(name)) == 1
+        assert not fifos(name)
         assert children.join(children.start(attach_and_die, name)) == KILLED
-    assert not left()
-
-    def create_and_die():
-        ring = Ring.create(name, 4096)
-        ring.attach_doorbell()
-        kill_yourself()
-
-    assert children.join(children.start(create_and_die)) == KILLED
-    assert len(left()) == 1
+    assert not fifos(name)
+    assert children.join(children.start(create_and_die, name)) == KILLED
+    assert len(fifos(name)) == 1
     Ring.create(name, 4096).close()
-    assert not left() and not segments()
+    assert not fifos(name) and not segments()
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["", "kept"])
+def test_what_a_killed_reader_leaves_goes_with_the_name_of_a_ring_that_nobody_has(name, children, keep):
+    assert children.join(children.start(create_and_die, name, keep)) == KILLED
+    assert len(fifos(name)) == 1
+    unlink(name)
+    assert not fifos(name)
+
+
+def test_what_a_killed_reader_leaves_goes_when_a_kept_ring_is_replaced_or_unlinked_by_a_handle(name, children):
+    assert children.join(children.start(create_and_die, name, True)) == KILLED
+    with Ring.create(name, 4096, keep=True, replace=True):
+        assert not fifos(name)
+        assert children.join(children.start(attach_and_die, name)) == KILLED
+    assert len(fifos(name)) == 1, "the ring is kept, with what its next reader would take"
+    with Ring.open(name) as ring, Ring.open(name) as last:
+        ring.unlink()
+        ring.close()
+        assert len(fifos(name)) == 1 and last.try_read() is None
+    assert not fifos(name)
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["", "kept"])
+def test_the_doorbell_of_a_ring_whose_name_was_removed_rings_on(name, keep):
+    """Whoever has the ring open is not to lose its doorbell with the name: its writers may not have opened it yet."""
+    with Ring.create(name, 4096, keep=keep) as reader, Ring.open(name) as writer:
+        reader.attach_doorbell()
+        assert reader.try_read() is None
+        unlink(name)
+        assert len(fifos(name)) == 1
+        writer.write(b"1")
+        assert is_rung(reader) and reader.try_read() == b"1"
+    assert not fifos(name)
+
+
+@pytest.mark.skipif(not ON_LINUX, reason="no locks of open file descriptions")
+def test_a_creator_waits_for_who_removes_what_is_left_of_a_ring(name, children, monkeypatch):
+    """A lock that only keeps others from coming in must not look like somebody who has the ring open."""
+    assert children.join(children.start(create_and_die, name, True)) == KILLED
+    with open(f"{os_backend.DIRECTORY}/{os_backend.PREFIX}{name}", "r+b") as removing:
+        assert os_backend._lock(removing.fileno(), fcntl.F_WRLCK, _layout.PRESENCE)
+        monkeypatch.setattr(time, "sleep", lambda seconds: removing.close())
+        Ring.create(name, 4096, replace=True).close()
+    assert not fifos(name)
 
 
 @needs_fork
