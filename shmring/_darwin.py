@@ -752,8 +752,8 @@ class Segment:
         with naming(self.name):
             return Doorbell(*self._doorbell_place(bell), 0o600)
 
-    def _doorbell_place(self, bell: int) -> tuple[str, set[int]]:
-        return f"{self._home}/doorbell-{bell}", {os.geteuid()}
+    def _doorbell_place(self, bell: int) -> tuple[str, Callable[[os.stat_result], bool]]:
+        return f"{self._home}/doorbell-{bell}", lambda status: status.st_uid == os.geteuid()
 
     def note(self, bell: int) -> object:
         """To be given to `wait`, which then returns also if the bell is rung before it is called."""

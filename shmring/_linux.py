@@ -333,7 +333,6 @@ class Segment:
         """Open the file once more, for the locks alone."""
         status = os.fstat(fd)
         self._identity = status.st_dev, status.st_ino
-        self._owner = status.st_uid
         try:
             self._locks = self._open_again(fd, self._opening)
         except OSError as error:
@@ -365,6 +364,7 @@ class Segment:
         except OSError as error:
             what = f"cannot map the ring's {self.layout.segment_bytes:,} bytes: {error.strerror}"
             raise OSError(error.errno, what, self.name) from error
+        self._file = os.fstat(fd)
         self.words = memoryview(self.map).cast("Q")
         self._bells = memoryview(self.map).cast("I")
         self._address = addressof(c_char.from_buffer(self.map))
@@ -462,12 +462,20 @@ class Segment:
     def doorbell(self, bell: int) -> Doorbell:
         """Make what event loops can wait for, and `ring` rings too while the word beside the bell says so."""
         with naming(self.name):
-            mode = stat.S_IMODE(os.fstat(self._locks).st_mode)
-            return Doorbell(*self._doorbell_place(bell), mode)
+            file = os.fstat(self._locks)
+            return Doorbell(*self._doorbell_place(bell), stat.S_IMODE(file.st_mode), file.st_uid, file.st_gid)
 
-    def _doorbell_place(self, bell: int) -> tuple[str, set[int]]:
-        """Its path, and whose it may be: who is trusted with the ring is trusted with its doorbells."""
-        return f"{DIRECTORY}/{_doorbells(self.name, self.layout.nonce)}{bell}", {os.geteuid(), 0, self._owner}
+    def _doorbell_place(self, bell: int) -> tuple[str, Callable[[os.stat_result], bool]]:
+        """Its path, and whether it is one to be trusted."""
+        return f"{DIRECTORY}/{_doorbells(self.name, self.layout.nonce)}{bell}", self._trusts
+
+    def _trusts(self, doorbell: os.stat_result) -> bool:
+        """Is it of somebody who may write to the ring, and so could break that as well?"""
+        ring = self._file
+        if ring.st_mode & stat.S_IWOTH or doorbell.st_uid in (os.geteuid(), 0, ring.st_uid):
+            return True
+        # To give a file to a group one has to be in it.
+        return bool(ring.st_mode & stat.S_IWGRP) and doorbell.st_gid == ring.st_gid
 
     # ------------------------------------------------------------ life and death
 

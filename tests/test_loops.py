@@ -8,10 +8,12 @@ import gc
 import glob
 import os
 import selectors
+import stat
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import DEADLINE, KILLED, WINDOWS, segments, wait_until
@@ -285,6 +287,68 @@ def test_a_creator_waits_for_who_removes_what_is_left_of_a_ring(name, children, 
         monkeypatch.setattr(time, "sleep", lambda seconds: removing.close())
         Ring.create(name, 4096, replace=True).close()
     assert not fifos(name)
+
+
+@pytest.mark.skipif(not ON_LINUX, reason="elsewhere a ring is one user's")
+def test_a_doorbell_gets_the_rings_mode_also_where_its_maker_was_killed_before(name, children):
+    """What the umask leaves of the mode must not stay: writers of other users could not open it."""
+
+    def make_and_die():
+        os.umask(0o077)
+        os.fchmod = lambda fd, mode: kill_yourself()
+        attach_and_die(name)
+
+    with Ring.create(name, 4096, mode=0o666) as ring:
+        assert children.join(children.start(make_and_die)) == KILLED
+        assert stat.S_IMODE(os.stat(*fifos(name)).st_mode) == 0o600
+        ring.attach_doorbell()
+        assert stat.S_IMODE(os.stat(*fifos(name)).st_mode) == 0o666
+
+
+@pytest.mark.skipif(not ON_LINUX or os.geteuid(), reason="changes users")
+@pytest.mark.parametrize("mode, owner, reader, writer", [
+    (0o666, 0, 12345, 12346), (0o660, 0, 12345, 12346), (0o666, 12347, 12345, 12346), (0o600, 12345, 0, 12345),
+    (0o600, 12345, 12345, 0),
+], ids=["others", "group", "owned by a third", "read by root", "written by root"])  # fmt: skip
+def test_who_may_use_a_ring_can_ring_its_reader_whoever_that_is(name, children, mode, owner, reader, writer):
+    """A reader that is another user than the ring's owner must not sleep on because writers cannot ring."""
+    group = 4321
+
+    def become(user):
+        os.setgroups([group])
+        os.setgid(user)
+        os.setuid(user)
+
+    def read():
+        become(reader)
+        with Ring.open(name, any_owner=True) as ring:
+            ring.attach_doorbell()
+            assert ring.try_read() is None
+            assert ready(ring, DEADLINE)
+
+    def write():
+        become(writer)
+        with Ring.open(name, any_owner=True) as ring:
+            ring.write(b"1")
+
+    with Ring.create(name, 4096, mode=mode) as ring:
+        os.chown(f"{os_backend.DIRECTORY}/{os_backend.PREFIX}{name}", owner, group)
+        reading = children.start(read)
+        wait_until(lambda: ring.stats().reader_parks)
+        assert children.join(children.start(write)) == 0
+        assert children.join(reading) == 0
+
+
+@pytest.mark.skipif(not ON_LINUX, reason="elsewhere a ring is one user's")
+@pytest.mark.parametrize("mode, gid, trusted", [
+    (0o600, 0, False), (0o644, 0, False), (0o660, 1, False), (0o660, 0, True), (0o602, 1, True)
+])  # fmt: skip
+def test_a_strangers_doorbell_is_trusted_only_where_strangers_may_write_to_the_ring(name, mode, gid, trusted):
+    with Ring.create(name, 4096, mode=mode) as ring:
+        status = os.stat(f"{os_backend.DIRECTORY}/{os_backend.PREFIX}{name}")
+        stranger = SimpleNamespace(st_uid=status.st_uid + 1, st_gid=status.st_gid + gid)
+        assert ring._segment._trusts(stranger) is trusted
+        assert ring._segment._trusts(status) and ring._segment._trusts(SimpleNamespace(st_uid=0, st_gid=gid))
 
 
 @needs_fork
