@@ -627,7 +627,10 @@ class Ring:
         return Doorbell(self)
 
     def fileno(self) -> int:
-        """The descriptor of this handle's doorbell (on Windows a handle), for selectors; attached if there is none."""
+        """The descriptor of this handle's doorbell (on Windows a handle), for selectors; attached if there is none.
+
+        It is not for a loop of asyncio whose tasks use `read_async` too: there each replaces the other's callback.
+        """
         self.attach_doorbell()
         doorbell = self._parking_of_reader().doorbell
         assert doorbell is not None
