@@ -506,7 +506,7 @@ class Ring:
             message = self._take()
         while message is None and self._announcing and not self._arm(self._reader):
             message = self._take()
-        return message
+        return message  # type: ignore[no-any-return]
 
     def _take(self) -> bytes | None:
         message: Any = None
