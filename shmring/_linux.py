@@ -428,16 +428,18 @@ class Segment:
         make_fence(TSO)()
         return False
 
-    def ring(self, bell: int) -> None:
+    def ring(self, bell: int) -> bool:
         """Add 1 to a bell and wake who sleeps on it, in one call: a kill cannot come in between."""
+        rung = True
         state = self.words[(bell + _layout.DOORBELL) >> 3]
         if state & _layout.ATTACHED:  # each is told by itself, so that it does not matter which is first
-            self._doorbells.ring(bell, state >> 2, self._doorbell_place)
+            rung = self._doorbells.ring(bell, state >> 2, self._doorbell_place)
             if state & _layout.ALONE:
-                return
+                return rung
         address = c_void_p(self._address + bell)
         # long futex(uint32_t *uaddr, FUTEX_WAKE_OP, int wake, int wake2, uint32_t *uaddr2, int op); futex(2)
         _quick(_FUTEX, address, _WAKE, _ALL, _NONE, address, _ADD_ONE)
+        return rung
 
     def note(self, bell: int) -> int:
         """What the bell is now, for `wait`."""

@@ -139,18 +139,19 @@ class Doorbells:
 
     def ring(
         self, bell: int, number: int, where: Callable[[int], tuple[str, Callable[[os.stat_result], bool]]]
-    ) -> None:
-        """Ring the one of this number, if it is there: `where` gives what `Doorbell` takes."""
+    ) -> bool:
+        """Ring the one of this number, if it is there: `where` gives what `Doorbell` takes. False: not now."""
         known, doorbell = self._open.get(bell, (0, None))
         if doorbell is None or known != number or not doorbell.ring():
             try:
                 doorbell = Doorbell(*where(bell))
-            except OSError:
+            except OSError as error:
                 # It has just gone; or it is not what we are to write to; or there is no descriptor left. The message
                 # is published: to raise now would have its writer write it again.
-                return
+                return error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
             self._open[bell] = number, doorbell
             doorbell.ring()
+        return True
 
     def close(self) -> None:
         """Close all."""

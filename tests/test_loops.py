@@ -368,6 +368,44 @@ def test_a_forked_child_has_no_doorbell_of_its_parents(ring, other, children):
     assert is_rung(ring) and ring.try_read() == b"from the child"
 
 
+@needs_fork
+def test_a_doorbell_that_cannot_be_opened_is_rung_with_the_next_message(name, children):
+    """A waker with no descriptor left must neither fail after it has published, nor count the doorbell as rung."""
+
+    def alone():
+        import resource
+
+        def without_descriptors(work):
+            taken, limits = [], resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
+            with pytest.raises(OSError):
+                while True:
+                    taken.append(os.open(os.devnull, os.O_RDONLY))
+            work()
+            for fd in taken:
+                os.close(fd)
+
+        with Ring.create(name, 4096, spin=0) as ring, Ring.open(name, spin=0) as other:
+            other.write(b"claimed")
+            doorbell = ring.attach_doorbell()
+            assert [ring.try_read(), ring.try_read()] == [b"claimed", None]
+            without_descriptors(lambda: other.write(b"1"))
+            assert not is_rung(ring)
+            other.write(b"2")
+            assert is_rung(ring) and doorbell.wait(0)
+            while other.try_write(bytes(400)):
+                pass
+            parking = other._writer.parking
+            room = parking.attach()
+            wanted = other._writer.read_pos + 8
+            assert parking.arm(lambda: other._writer.nothing(wanted), wanted)
+            without_descriptors(lambda: ring.read())
+            assert not room.heard()
+            assert ring.read() == b"2" and room.heard()
+
+    assert children.join(children.start(alone)) == 0
+
+
 # ---------------------------------------------------------------- tasks
 
 
