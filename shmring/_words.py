@@ -644,8 +644,9 @@ class Writer:
         """W5, when the reader is asleep."""
         layout = self._segment.layout
         epoch = self._segment.words[(layout.readers_offset + _layout.READER_PARKED) >> 3]
-        if epoch & 1 and epoch != self._rung and self._segment.ring(layout.readers_offset + _layout.READER_BELL):
-            self._rung = epoch  # after it: an exception in between rings twice, which harms nobody
+        if epoch & 1 and epoch != self._rung:
+            rung = self._segment.ring(layout.readers_offset + _layout.READER_BELL)
+            self._rung = epoch if rung else 0  # after it: an exception in between rings twice, which harms nobody
 
     def _publish(self, pos: int, messages: int) -> None:
         """W3 to W5: all before `pos` may be read, `messages` more than before."""
@@ -1053,8 +1054,9 @@ class Reader:
         if epoch & 1 and epoch != lane.rung:
             if self._order:
                 self._order()  # ORDER epoch before wanted, as they were stored
-            if pos >= words[lane.wanted] and self._segment.ring(lane.bell):
-                lane.rung = epoch
+            if pos >= words[lane.wanted]:
+                rung = self._segment.ring(lane.bell)
+                lane.rung = epoch if rung else 0
 
     def _first(self) -> tuple[_Lane, int, int] | None:
         """The lane whose turn it is and that has a record, with the record's position and size; padding is consumed."""
