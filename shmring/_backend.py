@@ -6,6 +6,7 @@
   goes in steps of 16 ms on Windows before CPython 3.13). A signal ends a wait, so that Python's handlers run.
 - A wait returns if the bell was rung since it was noted, in all threads of the handle that has it.
 - A ring with nobody asleep is harmless. Ringing and the memory of it are indivisible.
+- `ring` is False where there was no descriptor left for a doorbell: it is to be rung with the next message.
 - No descriptor or handle survives ``exec``.
 - `create` fails if the name exists, `open` if it does not; neither leaves anything behind.
 - A claim is exclusive among handles, also of one process, and ends when it is released, its segment

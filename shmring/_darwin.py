@@ -722,26 +722,27 @@ class Segment:
             bell = self._bells.setdefault(number, _Bell(fd))
         return bell
 
-    def ring(self, bell: int) -> None:
+    def ring(self, bell: int) -> bool:
         """Wake who sleeps on a bell, or is about to; each one's queue remembers it."""
+        rung = True
         if self._closed:
-            return
+            return rung
         _barrier()  # ORDER epoch before doorbell, as they were stored
         state = self.words[(bell + _layout.DOORBELL) >> 3]
         if state & _layout.ATTACHED:  # each is told by itself, so that it does not matter which is first
-            self._doorbells.ring(bell, state >> 2, self._doorbell_place)
+            rung = self._doorbells.ring(bell, state >> 2, self._doorbell_place)
             if state & _layout.ALONE:
-                return
+                return rung
         try:
             mine = self._bell(bell)
             if not self._own(mine.fd):  # somebody closed our descriptors; the number may be a stranger's
                 mine.fd = self._open_file(f"bell-{bell}", os.O_RDWR, bell)
         except FileNotFoundError:
-            return  # at the end of the process: this handle has left, and nobody else was there
+            return rung  # at the end of the process: this handle has left, and nobody else was there
         while True:
             try:
                 os.write(mine.fd, b"!")
-                return
+                return rung
             except BlockingIOError:
                 # Full, and what was there before wakes nobody any more. A kill between the two is one before the ring.
                 with contextlib.suppress(BlockingIOError):
@@ -752,8 +753,8 @@ class Segment:
         with naming(self.name):
             return Doorbell(*self._doorbell_place(bell), 0o600)
 
-    def _doorbell_place(self, bell: int) -> tuple[str, set[int]]:
-        return f"{self._home}/doorbell-{bell}", {os.geteuid()}
+    def _doorbell_place(self, bell: int) -> tuple[str, Callable[[os.stat_result], bool]]:
+        return f"{self._home}/doorbell-{bell}", lambda status: status.st_uid == os.geteuid()
 
     def note(self, bell: int) -> object:
         """To be given to `wait`, which then returns also if the bell is rung before it is called."""

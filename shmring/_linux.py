@@ -178,10 +178,11 @@ def _doorbells(name: str, nonce: bytes) -> str:
 def _remove_doorbells(name: str, nonce: bytes) -> None:
     """Remove what killed processes left, when nobody has the ring open."""
     prefix = _doorbells(name, nonce)
-    with contextlib.suppress(OSError):  # no descriptor left, or they are another user's: they harm nobody
+    with contextlib.suppress(OSError):  # no descriptor left: they harm nobody
         for entry in os.listdir(DIRECTORY):
             if entry.startswith(prefix):
-                os.unlink(f"{DIRECTORY}/{entry}")
+                with contextlib.suppress(OSError):  # another user's
+                    os.unlink(f"{DIRECTORY}/{entry}")
 
 
 def _leads_to(path: str, fd: int) -> bool:
@@ -230,6 +231,8 @@ def unlink(name: str) -> None:
         fd = _open(name, noted)
         passing._open_locks(fd)  # a descriptor that forks know of: a child would keep the lock
         _remove(name, passing._locks)
+        if _lock(passing._locks, fcntl.F_WRLCK, _layout.PRESENCE):
+            _remove_doorbells(name, _layout.nonce_of(os.pread(fd, _layout.HEADER_BYTES, 0)))
     finally:
         for number in noted:
             os.close(number)
@@ -330,7 +333,6 @@ class Segment:
         """Open the file once more, for the locks alone."""
         status = os.fstat(fd)
         self._identity = status.st_dev, status.st_ino
-        self._owner = status.st_uid
         try:
             self._locks = self._open_again(fd, self._opening)
         except OSError as error:
@@ -362,6 +364,7 @@ class Segment:
         except OSError as error:
             what = f"cannot map the ring's {self.layout.segment_bytes:,} bytes: {error.strerror}"
             raise OSError(error.errno, what, self.name) from error
+        self._file = os.fstat(fd)
         self.words = memoryview(self.map).cast("Q")
         self._bells = memoryview(self.map).cast("I")
         self._address = addressof(c_char.from_buffer(self.map))
@@ -425,16 +428,18 @@ class Segment:
         make_fence(TSO)()
         return False
 
-    def ring(self, bell: int) -> None:
+    def ring(self, bell: int) -> bool:
         """Add 1 to a bell and wake who sleeps on it, in one call: a kill cannot come in between."""
+        rung = True
         state = self.words[(bell + _layout.DOORBELL) >> 3]
         if state & _layout.ATTACHED:  # each is told by itself, so that it does not matter which is first
-            self._doorbells.ring(bell, state >> 2, self._doorbell_place)
+            rung = self._doorbells.ring(bell, state >> 2, self._doorbell_place)
             if state & _layout.ALONE:
-                return
+                return rung
         address = c_void_p(self._address + bell)
         # long futex(uint32_t *uaddr, FUTEX_WAKE_OP, int wake, int wake2, uint32_t *uaddr2, int op); futex(2)
         _quick(_FUTEX, address, _WAKE, _ALL, _NONE, address, _ADD_ONE)
+        return rung
 
     def note(self, bell: int) -> int:
         """What the bell is now, for `wait`."""
@@ -459,12 +464,20 @@ class Segment:
     def doorbell(self, bell: int) -> Doorbell:
         """Make what event loops can wait for, and `ring` rings too while the word beside the bell says so."""
         with naming(self.name):
-            mode = stat.S_IMODE(os.fstat(self._locks).st_mode)
-            return Doorbell(*self._doorbell_place(bell), mode)
+            file = os.fstat(self._locks)
+            return Doorbell(*self._doorbell_place(bell), stat.S_IMODE(file.st_mode), file.st_uid, file.st_gid)
 
-    def _doorbell_place(self, bell: int) -> tuple[str, set[int]]:
-        """Its path, and whose it may be: who is trusted with the ring is trusted with its doorbells."""
-        return f"{DIRECTORY}/{_doorbells(self.name, self.layout.nonce)}{bell}", {os.geteuid(), 0, self._owner}
+    def _doorbell_place(self, bell: int) -> tuple[str, Callable[[os.stat_result], bool]]:
+        """Its path, and whether it is one to be trusted."""
+        return f"{DIRECTORY}/{_doorbells(self.name, self.layout.nonce)}{bell}", self._trusts
+
+    def _trusts(self, doorbell: os.stat_result) -> bool:
+        """Is it of somebody who may write to the ring, and so could break that as well?"""
+        ring = self._file
+        if ring.st_mode & stat.S_IWOTH or doorbell.st_uid in (os.geteuid(), 0, ring.st_uid):
+            return True
+        # To give a file to a group one has to be in it.
+        return bool(ring.st_mode & stat.S_IWGRP) and doorbell.st_gid == ring.st_gid
 
     # ------------------------------------------------------------ life and death
 
@@ -474,7 +487,7 @@ class Segment:
             _remove(self.name, self._locks)
 
     def leave(self) -> None:
-        """Give up the presence, and remove the name if nobody else is present and it is not to be kept.
+        """Give up the presence, and remove what is left if nobody else is present: not a name that is to be kept.
 
         The roles and the memory stay with us: for the end of a process, whose other threads still run.
         """
@@ -482,7 +495,8 @@ class Segment:
         if self._own(fd):
             # First let go, then see: of two that leave at once, each would see the other still there.
             _lock(fd, fcntl.F_UNLCK, _layout.PRESENCE)
-            if not self.layout.keep and _lock(fd, fcntl.F_WRLCK, _layout.PRESENCE):
+            kept = self.layout.keep and _leads_to(_path(self.name), fd)
+            if not kept and _lock(fd, fcntl.F_WRLCK, _layout.PRESENCE):
                 try:
                     _remove_doorbells(self.name, self.layout.nonce)
                     _remove(self.name, fd)
@@ -577,6 +591,8 @@ def _clear_the_way(name: str, replace: bool) -> bool:
             raise FileExistsError(errno.EEXIST, what, name)
         passing._open_locks(fd)  # a descriptor that forks know of: a child would keep the locks
         if not _lock(passing._locks, fcntl.F_WRLCK, _layout.PRESENCE):
+            if _holder(passing._locks, _layout.PRESENCE) != fcntl.F_RDLCK:
+                return False  # who removes what is left of it: nobody has it open
             if replace:
                 raise RingBusy(f"ring {name!r} cannot be replaced: somebody has it open")
             raise FileExistsError(errno.EEXIST, "a ring of this name exists and somebody has it open", name)

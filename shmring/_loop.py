@@ -111,9 +111,13 @@ class Watch:
     def _heard(self) -> None:
         if not self.closed:
             try:
-                self._parking.hear()
-            finally:
-                self._wake(asyncio._get_running_loop())
+                try:
+                    self._parking.hear()
+                finally:
+                    self._wake(asyncio._get_running_loop())
+            except BaseException:
+                self._doorbell.ring()  # a signal handler's: who has not been told yet is told when it is heard again
+                raise
 
     def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
         """Have the loop call `_heard` when the doorbell was rung."""

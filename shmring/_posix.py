@@ -55,23 +55,30 @@ class Doorbell:
     last reference, or by `close`.
     """
 
-    def __init__(self, path: str, trusted: set[int], mode: int | None = None) -> None:
-        """Open it, after making it with this `mode` where there is none. It is to be a `trusted` user's."""
+    def __init__(
+        self, path: str, trusts: Callable[[os.stat_result], bool], mode: int | None = None, uid: int = -1, gid: int = -1
+    ) -> None:
+        """Open it if `trusts` says so. With a `mode`, first make it where there is none.
+
+        It gets that mode, and this user and group as far as may be: who may open the ring is to be able to ring.
+        """
         self._noted: list[int] = []
         self._path = path
-        made = False
         if mode is not None:
             with contextlib.suppress(FileExistsError):  # left by who was killed: nobody else has this role now
                 os.mkfifo(path, mode)
-                made = True
         fd = note_open(self._noted, path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
         status = os.fstat(fd)
         self._device, self._inode = status.st_dev, status.st_ino
-        if not stat.S_ISFIFO(status.st_mode) or status.st_uid not in trusted:
+        if not stat.S_ISFIFO(status.st_mode) or not trusts(status):
             what = f"{path} is to be a FIFO of a user who may be trusted; it is left alone"
             raise PermissionError(errno.EPERM, what, path)
-        if made and mode is not None:
-            os.fchmod(fd, mode)  # whatever the umask
+        if mode is not None:
+            for user in (uid, -1):  # the first is for root alone
+                with contextlib.suppress(PermissionError):
+                    os.fchown(fd, user, gid)
+            with contextlib.suppress(PermissionError):  # another user's, who has done it
+                os.fchmod(fd, mode)  # whatever the umask, also where its maker was killed before this
 
     def fileno(self) -> int:
         """Its descriptor.
@@ -130,18 +137,21 @@ class Doorbells:
     def __init__(self) -> None:
         self._open: dict[int, tuple[int, Doorbell]] = {}
 
-    def ring(self, bell: int, number: int, where: Callable[[int], tuple[str, set[int]]]) -> None:
-        """Ring the one of this number, if it is there: `where` gives what `Doorbell` takes."""
+    def ring(
+        self, bell: int, number: int, where: Callable[[int], tuple[str, Callable[[os.stat_result], bool]]]
+    ) -> bool:
+        """Ring the one of this number, if it is there: `where` gives what `Doorbell` takes. False: not now."""
         known, doorbell = self._open.get(bell, (0, None))
         if doorbell is None or known != number or not doorbell.ring():
             try:
                 doorbell = Doorbell(*where(bell))
-            except OSError:
+            except OSError as error:
                 # It has just gone; or it is not what we are to write to; or there is no descriptor left. The message
                 # is published: to raise now would have its writer write it again.
-                return
+                return error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
             self._open[bell] = number, doorbell
             doorbell.ring()
+        return True
 
     def close(self) -> None:
         """Close all."""

@@ -514,7 +514,7 @@ class Ring:
             message = self._take()
         while message is None and self._announcing and not self._arm(self._reader):
             message = self._take()
-        return message
+        return message  # type: ignore[no-any-return]
 
     def _take(self) -> bytes | None:
         message: Any = None
@@ -635,7 +635,10 @@ class Ring:
         return Doorbell(self)
 
     def fileno(self) -> int:
-        """The descriptor of this handle's doorbell (on Windows a handle), for selectors; attached if there is none."""
+        """The descriptor of this handle's doorbell (on Windows a handle), for selectors; attached if there is none.
+
+        It is not for a loop of asyncio whose tasks use `read_async` too: there each replaces the other's callback.
+        """
         self.attach_doorbell()
         doorbell = self._parking_of_reader().doorbell
         assert doorbell is not None

@@ -557,7 +557,7 @@ class Segment:
             event = self._bells.setdefault(bell, new)
         return event
 
-    def ring(self, bell: int) -> None:
+    def ring(self, bell: int) -> bool:
         """Wake who sleeps on a bell, or the next one who will; the event remembers it."""
         state = self.words[(bell + _layout.DOORBELL) >> 3]
         if not state & _layout.ALONE:
@@ -565,8 +565,12 @@ class Segment:
         if state & _layout.ATTACHED:
             doorbell = self._doorbells.get(bell)
             if doorbell is None:
-                doorbell = self._doorbells.setdefault(bell, self.doorbell(bell))
+                try:
+                    doorbell = self._doorbells.setdefault(bell, self.doorbell(bell))
+                except OSError:  # the message is published: to raise now would have its writer write it again
+                    return False
             doorbell.ring()
+        return True
 
     def doorbell(self, bell: int) -> Doorbell:
         """Make what event loops can wait for, and `ring` rings too while the word beside the bell says so."""

@@ -104,10 +104,10 @@ class Segment(Protocol):
     def order_fence(self) -> Fence: ...
     def waker_fence(self) -> Fence: ...
     def sleeper_fence(self) -> bool: ...
-    def ring(self, bell: int) -> None: ...
+    def ring(self, bell: int) -> bool: ...
     def note(self, bell: int) -> object: ...
     def wait(self, bell: int, noted: Any, deadline: float | None) -> None: ...
-    def wake(self, bell: int) -> None: ...
+    def wake(self, bell: int) -> object: ...
     def doorbell(self, bell: int) -> Doorbell: ...
 
 
@@ -653,8 +653,8 @@ class Writer:
         """W5, when the reader is asleep."""
         epoch = self._segment.words[self._reader_parked]
         if epoch & 1 and epoch != self._rung:
-            self._segment.ring(self._segment.layout.readers_offset + _layout.READER_BELL)
-            self._rung = epoch  # after it: an exception in between rings twice, which harms nobody
+            rung = self._segment.ring(self._segment.layout.readers_offset + _layout.READER_BELL)
+            self._rung = epoch if rung else 0  # after it: an exception in between rings twice, which harms nobody
 
     def _publish(self, pos: int, messages: int) -> None:
         """W3 to W5: all before `pos` may be read, `messages` more than before."""
@@ -1058,8 +1058,8 @@ class Reader:
             if self._order:
                 self._order()  # ORDER epoch before wanted, as they were stored
             if pos >= words[lane.wanted]:
-                self._segment.ring(lane.bell)
-                lane.rung = epoch
+                rung = self._segment.ring(lane.bell)
+                lane.rung = epoch if rung else 0
 
     def _first(self) -> tuple[_Lane, int, int] | None:
         """The lane whose turn it is and that has a record, with the record's position and size; padding is consumed."""

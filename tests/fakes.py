@@ -172,6 +172,7 @@ class FakeSegment:
     def ring(self, bell):
         self.tell(f"ring {self.place(bell)}")
         self.bells[bell >> 2] += 1
+        return True
 
     def note(self, bell):
         self.tell(f"load {self.place(bell)}")

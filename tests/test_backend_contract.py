@@ -176,7 +176,7 @@ def raise_interrupted():
 
 def test_every_promise_of_the_docstring_has_its_tests_here():
     promises = [line for line in _backend.__doc__.splitlines() if line.startswith("- ")]
-    assert len(promises) == 8, "the contract has changed: see that each line has a test, then adjust this number"
+    assert len(promises) == 9, "the contract has changed: see that each line has a test, then adjust this number"
 
 
 @pytest.mark.parametrize("ahead", [0.0, 0.001, 0.05, 0.3])
@@ -293,6 +293,28 @@ def test_an_exception_of_a_signal_handler_in_a_wait_takes_the_ring_from_no_other
         assert first.ends() and ends(second), f"the other one was not told, {moment=}"
         if not first.there.is_set():
             break
+
+
+def test_a_ring_says_whether_a_doorbell_is_to_be_tried_again(segment, other, monkeypatch):
+    bell = bell_of(segment)
+    state = (bell + _layout.DOORBELL) >> 3
+    doorbell = segment.doorbell(bell)
+
+    def none_left(*_):
+        raise OSError(errno.EMFILE, "no descriptor left")
+
+    assert other.ring(bell) is True, "none is attached"
+    segment.words[state] = 1 << 2 | _layout.ATTACHED
+    with monkeypatch.context() as patched:
+        if WINDOWS:
+            patched.setattr(type(other), "doorbell", none_left)
+        else:
+            patched.setattr(sys.modules[type(doorbell).__module__], "note_open", none_left)
+        assert other.ring(bell) is False and not doorbell.heard()
+    assert other.ring(bell) is True and doorbell.heard()
+    doorbell.remove()
+    assert segment.ring(bell) is True, "it has gone: there is nobody to be rung"
+    doorbell.close()
 
 
 def test_another_bell_wakes_nobody_for_good(segment, other, endless):

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import glob
 import os
 import selectors
+import stat
 import sys
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import DEADLINE, KILLED, WINDOWS, segments, wait_until
-from support import kill_yourself
+from support import DARWIN, kill_yourself
 
-from shmring import Doorbell, Ring, RingBusy, RingClosed, RingTimeout, _layout
+from shmring import Doorbell, Ring, RingBusy, RingClosed, RingTimeout, _layout, unlink
 from shmring._backend import os_backend
+from shmring._loop import BUSY
 
+with contextlib.suppress(ImportError):
+    import fcntl
+
+ON_LINUX = sys.platform == "linux" and not DARWIN
 needs_selectors = pytest.mark.skipif(WINDOWS, reason="selectors wait for nothing but sockets here")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
@@ -202,32 +212,143 @@ def test_the_successor_of_a_killed_reader_hears_its_own(ring, children):
                 assert is_rung(reader) and reader.try_read() == b"%d" % number
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks at Linux' names")
-def test_what_a_killed_reader_leaves_goes_with_the_ring(name, children):
-    def left():
-        return [entry for entry in os.listdir("/dev/shm") if entry.startswith(f"shmbell.{name}.")]
+def fifos(name):
+    """The doorbells of a ring of this name that are there, also of processes that were killed."""
+    if WINDOWS:
+        pytest.skip("they are events, which go with their processes")
+    if ON_LINUX:
+        return glob.glob(f"{os_backend.DIRECTORY}/{os_backend.DOORBELLS}{name}.*")
+    found = Path(os_backend._folder()).glob("ring-*/doorbell-*")
+    return [path for path in found if path.with_name("ring").read_text().endswith(f"\n{name}\n")]
 
-    if not hasattr(os_backend, "DOORBELLS"):
-        pytest.skip("the macOS backend is played")
+
+def create_and_die(name, keep=False):
+    ring = Ring.create(name, 4096, keep=keep)
+    ring.attach_doorbell()
+    kill_yourself()
+
+
+def test_what_a_killed_reader_leaves_goes_with_the_ring(name, children):
     with Ring.create(name, 4096):
         assert children.join(children.start(attach_and_die, name)) == KILLED
-        assert len(left()) == 1
+        assert len(fifos(name)) == 1
         with Ring.open(name) as reader:
             reader.attach_doorbell()
-            assert len(left()) == 1
-        assert not left()
+            assert len(fifos(name)) == 1
+        assert not fifos(name)
         assert children.join(children.start(attach_and_die, name)) == KILLED
-    assert not left()
-
-    def create_and_die():
-        ring = Ring.create(name, 4096)
-        ring.attach_doorbell()
-        kill_yourself()
-
-    assert children.join(children.start(create_and_die)) == KILLED
-    assert len(left()) == 1
+    assert not fifos(name)
+    assert children.join(children.start(create_and_die, name)) == KILLED
+    assert len(fifos(name)) == 1
     Ring.create(name, 4096).close()
-    assert not left() and not segments()
+    assert not fifos(name) and not segments()
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["", "kept"])
+def test_what_a_killed_reader_leaves_goes_with_the_name_of_a_ring_that_nobody_has(name, children, keep):
+    assert children.join(children.start(create_and_die, name, keep)) == KILLED
+    assert len(fifos(name)) == 1
+    unlink(name)
+    assert not fifos(name)
+
+
+def test_what_a_killed_reader_leaves_goes_when_a_kept_ring_is_replaced_or_unlinked_by_a_handle(name, children):
+    assert children.join(children.start(create_and_die, name, True)) == KILLED
+    with Ring.create(name, 4096, keep=True, replace=True):
+        assert not fifos(name)
+        assert children.join(children.start(attach_and_die, name)) == KILLED
+    assert len(fifos(name)) == 1, "the ring is kept, with what its next reader would take"
+    with Ring.open(name) as ring, Ring.open(name) as last:
+        ring.unlink()
+        ring.close()
+        assert len(fifos(name)) == 1 and last.try_read() is None
+    assert not fifos(name)
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["", "kept"])
+def test_the_doorbell_of_a_ring_whose_name_was_removed_rings_on(name, keep):
+    """Whoever has the ring open is not to lose its doorbell with the name: its writers may not have opened it yet."""
+    with Ring.create(name, 4096, keep=keep) as reader, Ring.open(name) as writer:
+        reader.attach_doorbell()
+        assert reader.try_read() is None
+        unlink(name)
+        assert len(fifos(name)) == 1
+        writer.write(b"1")
+        assert is_rung(reader) and reader.try_read() == b"1"
+    assert not fifos(name)
+
+
+@pytest.mark.skipif(not ON_LINUX, reason="no locks of open file descriptions")
+def test_a_creator_waits_for_who_removes_what_is_left_of_a_ring(name, children, monkeypatch):
+    """A lock that only keeps others from coming in must not look like somebody who has the ring open."""
+    assert children.join(children.start(create_and_die, name, True)) == KILLED
+    with open(f"{os_backend.DIRECTORY}/{os_backend.PREFIX}{name}", "r+b") as removing:
+        assert os_backend._lock(removing.fileno(), fcntl.F_WRLCK, _layout.PRESENCE)
+        monkeypatch.setattr(time, "sleep", lambda seconds: removing.close())
+        Ring.create(name, 4096, replace=True).close()
+    assert not fifos(name)
+
+
+@pytest.mark.skipif(not ON_LINUX, reason="elsewhere a ring is one user's")
+def test_a_doorbell_gets_the_rings_mode_also_where_its_maker_was_killed_before(name, children):
+    """What the umask leaves of the mode must not stay: writers of other users could not open it."""
+
+    def make_and_die():
+        os.umask(0o077)
+        os.fchmod = lambda fd, mode: kill_yourself()
+        attach_and_die(name)
+
+    with Ring.create(name, 4096, mode=0o666) as ring:
+        assert children.join(children.start(make_and_die)) == KILLED
+        assert stat.S_IMODE(os.stat(*fifos(name)).st_mode) == 0o600
+        ring.attach_doorbell()
+        assert stat.S_IMODE(os.stat(*fifos(name)).st_mode) == 0o666
+
+
+@pytest.mark.skipif(not ON_LINUX or os.geteuid(), reason="changes users")
+@pytest.mark.parametrize("mode, owner, reader, writer", [
+    (0o666, 0, 12345, 12346), (0o660, 0, 12345, 12346), (0o666, 12347, 12345, 12346), (0o600, 12345, 0, 12345),
+    (0o600, 12345, 12345, 0),
+], ids=["others", "group", "owned by a third", "read by root", "written by root"])  # fmt: skip
+def test_who_may_use_a_ring_can_ring_its_reader_whoever_that_is(name, children, mode, owner, reader, writer):
+    """A reader that is another user than the ring's owner must not sleep on because writers cannot ring."""
+    group = 4321
+
+    def become(user):
+        os.setgroups([group])
+        os.setgid(user)
+        os.setuid(user)
+
+    def read():
+        become(reader)
+        with Ring.open(name, any_owner=True) as ring:
+            ring.attach_doorbell()
+            assert ring.try_read() is None
+            assert ready(ring, DEADLINE)
+
+    def write():
+        become(writer)
+        with Ring.open(name, any_owner=True) as ring:
+            ring.write(b"1")
+
+    with Ring.create(name, 4096, mode=mode) as ring:
+        os.chown(f"{os_backend.DIRECTORY}/{os_backend.PREFIX}{name}", owner, group)
+        reading = children.start(read)
+        wait_until(lambda: ring.stats().reader_parks)
+        assert children.join(children.start(write)) == 0
+        assert children.join(reading) == 0
+
+
+@pytest.mark.skipif(not ON_LINUX, reason="elsewhere a ring is one user's")
+@pytest.mark.parametrize("mode, gid, trusted", [
+    (0o600, 0, False), (0o644, 0, False), (0o660, 1, False), (0o660, 0, True), (0o602, 1, True)
+])  # fmt: skip
+def test_a_strangers_doorbell_is_trusted_only_where_strangers_may_write_to_the_ring(name, mode, gid, trusted):
+    with Ring.create(name, 4096, mode=mode) as ring:
+        status = os.stat(f"{os_backend.DIRECTORY}/{os_backend.PREFIX}{name}")
+        stranger = SimpleNamespace(st_uid=status.st_uid + 1, st_gid=status.st_gid + gid)
+        assert ring._segment._trusts(stranger) is trusted
+        assert ring._segment._trusts(status) and ring._segment._trusts(SimpleNamespace(st_uid=0, st_gid=gid))
 
 
 @needs_fork
@@ -245,6 +366,44 @@ def test_a_forked_child_has_no_doorbell_of_its_parents(ring, other, children):
     assert ring.try_read() is None
     assert children.join(children.start(child)) == 0
     assert is_rung(ring) and ring.try_read() == b"from the child"
+
+
+@needs_fork
+def test_a_doorbell_that_cannot_be_opened_is_rung_with_the_next_message(name, children):
+    """A waker with no descriptor left must neither fail after it has published, nor count the doorbell as rung."""
+
+    def alone():
+        import resource
+
+        def without_descriptors(work):
+            taken, limits = [], resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
+            with pytest.raises(OSError):
+                while True:
+                    taken.append(os.open(os.devnull, os.O_RDONLY))
+            work()
+            for fd in taken:
+                os.close(fd)
+
+        with Ring.create(name, 4096, spin=0) as ring, Ring.open(name, spin=0) as other:
+            other.write(b"claimed")
+            doorbell = ring.attach_doorbell()
+            assert [ring.try_read(), ring.try_read()] == [b"claimed", None]
+            without_descriptors(lambda: other.write(b"1"))
+            assert not is_rung(ring)
+            other.write(b"2")
+            assert is_rung(ring) and doorbell.wait(0)
+            while other.try_write(bytes(400)):
+                pass
+            parking = other._writer.parking
+            room = parking.attach()
+            wanted = other._writer.read_pos + 8
+            assert parking.arm(lambda: other._writer.nothing(wanted), wanted)
+            without_descriptors(lambda: ring.read())
+            assert not room.heard()
+            assert ring.read() == b"2" and room.heard()
+
+    assert children.join(children.start(alone)) == 0
 
 
 # ---------------------------------------------------------------- tasks
@@ -586,3 +745,235 @@ def test_the_states_of_a_doorbell_are_told_in_the_ring(ring, other):
     other.attach_doorbell()
     words = other._segment.words
     assert words[word] & _layout.ATTACHED and words[word] >> 2 == first + 1
+
+
+# ---------------------------------------------------------------- what a review found
+
+
+def test_a_task_that_has_no_room_lets_one_run_whose_room_is_there(ring, in_time):
+    """A task that needs more must not look again and again while another one's smaller need is met."""
+
+    async def main():
+        while ring.try_write(bytes(1000)):
+            pass
+        small = asyncio.ensure_future(ring.write_async(bytes(500)))
+        await asyncio.sleep(0.01)
+        assert not small.done()
+        assert ring.try_read() is not None  # room for the small one, which has not run yet
+        large = asyncio.ensure_future(ring.write_async(bytes(3000)))
+        await small
+        assert len(await ring.read_many_async()) == 4
+        await large
+
+    run(main())
+
+
+def in_thread(loops):
+    """A running loop in a thread of its own, both to be ended by `end`."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    loops.append((loop, thread))
+    return loop, thread
+
+
+@pytest.fixture
+def loops():
+    started = []
+    yield started
+    for loop, thread in started:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(DEADLINE)
+        loop.close()
+
+
+def test_a_loop_that_hears_does_not_take_the_ring_of_an_epoch_begun_meanwhile(ring, other, loops, monkeypatch):
+    """What one thread's loop hears must not leave another's task asleep in an epoch that was rung already."""
+    (first, hearing), (second, arming) = in_thread(loops), in_thread(loops)
+    submit = asyncio.run_coroutine_threadsafe
+    listens = submit(ring.read_async(), first)
+    watch = wait_until(lambda: ring._watches.get(ring._reader))
+    wait_until(lambda: watch._waiting and watch._parking._armed[0] == 0)
+    listens.cancel()
+    wait_until(lambda: not watch._waiting)  # the first loop listens yet, for nobody
+    armed, emptied, got, reading = threading.Event(), threading.Event(), [], []
+    parking = watch._parking
+    actual_heard, actual_arm = parking.doorbell.heard, parking.arm
+
+    async def read():
+        for _ in range(3):
+            got.append(await ring.read_async())
+
+    def heard():
+        if threading.current_thread() is not hearing or armed.is_set():
+            return actual_heard()
+        reading.append(submit(read(), second))
+        assert armed.wait(DEADLINE)  # it has taken the first message
+        other.write(b"2")
+        answer = actual_heard()
+        emptied.set()
+        return answer
+
+    def arm(*args):
+        answer = actual_arm(*args)
+        if threading.current_thread() is arming and not armed.is_set():
+            armed.set()
+            assert emptied.wait(DEADLINE)
+        return answer
+
+    monkeypatch.setattr(parking.doorbell, "heard", heard)
+    monkeypatch.setattr(parking, "arm", arm)
+    other.write(b"1")
+    wait_until(lambda: len(got) == 2 and watch._waiting and parking._armed[0] == 0)
+    other.write(b"3")
+    assert reading[0].result(DEADLINE) is None and got == [b"1", b"2", b"3"]
+
+
+def test_a_stream_does_not_end_the_announcement_of_a_task_that_waits(ring, other, loops, monkeypatch):
+    """A task that never waits must not have writers leave out the ring that another one sleeps for."""
+    other.write(b"claimed")
+    assert ring.try_read() == b"claimed"
+    loop, _ = in_thread(loops)
+    published, may_ring = threading.Event(), threading.Event()
+    actual = other._writer._ring
+
+    def late():
+        published.set()
+        assert may_ring.wait(DEADLINE)
+        actual()
+
+    async def main():
+        sleeping = asyncio.ensure_future(ring.read_async(timeout=DEADLINE))
+        await asyncio.sleep(0.01)
+        monkeypatch.setattr(other._writer, "_ring", late)
+        writing = threading.Thread(target=other.write_many, args=([b"%d" % number for number in range(8)],))
+        writing.start()
+        assert published.wait(DEADLINE)
+        for number in range(BUSY + 1):
+            assert await ring.read_async() == b"%d" % number
+        may_ring.set()
+        begin = time.perf_counter()
+        assert await sleeping == b"%d" % (BUSY + 1)
+        assert time.perf_counter() - begin < DEADLINE / 2
+        writing.join(DEADLINE)
+
+    asyncio.run_coroutine_threadsafe(main(), loop).result(DEADLINE)
+
+
+def test_who_takes_messages_by_hand_does_not_take_a_tasks_ring(ring, other, monkeypatch):
+    """`try_read` hears the doorbell for a task of the same handle as well, which must not sleep on."""
+
+    async def main():
+        sleeping = asyncio.ensure_future(ring.read_async())
+        await asyncio.sleep(0.01)
+        doorbell = ring._reader.parking.doorbell
+        actual = doorbell.heard
+
+        def heard():
+            monkeypatch.setattr(doorbell, "heard", actual)
+            other.write(b"1")  # both come between `try_read`'s look and its announcement
+            other.write(b"2")
+            return actual()
+
+        monkeypatch.setattr(doorbell, "heard", heard)
+        assert ring.try_read() == b"1"
+        assert await sleeping == b"2"
+
+    run(main())
+
+
+@needs_selectors
+def test_a_descriptor_that_has_become_a_strangers_is_left_alone(ring):
+    """A doorbell that was closed behind its back must not be read from, nor written to: the number is not ours."""
+    number = ring.fileno()
+    assert ring.try_read() is None
+    os.close(number)
+    end, writing = os.pipe()
+    os.write(writing, b"a stranger's")
+    if end != number:
+        os.dup2(end, number)
+    os.set_blocking(number, False)
+    with pytest.raises(OSError, match="closed, maybe behind its back"):
+        ring.try_read()
+    assert not ring._reader.parking.doorbell.ring()
+    assert os.read(number, 100) == b"a stranger's"
+    ring.close()
+    os.close(writing)
+    for fd in {end, number}:
+        os.close(fd)  # not closed by the handle
+
+
+def test_a_handle_that_another_thread_closes_before_a_task_sleeps_is_closed(ring):
+    """Between a task's look and its sleep the doorbell may go: that is RingClosed, not an error of a descriptor."""
+
+    async def main():
+        actual = ring._take
+
+        def take():
+            answer = actual()
+            thread = threading.Thread(target=ring.close)
+            thread.start()
+            thread.join(DEADLINE)
+            return answer
+
+        ring._take = take
+        with pytest.raises(RingClosed):
+            await ring.read_async(timeout=DEADLINE)
+
+    run(main())
+
+
+WAKING = ["_loop", "_words"]  # the modules
+
+
+def interrupted_at(number, work):
+    """Do `work`, with an exception at the line of that number that wakes and closes. False: it has fewer."""
+    left = number
+    files = {sys.modules[f"{Ring.__module__.rpartition('.')[0]}.{name}"].__file__ for name in WAKING}
+
+    def trace(frame, event, arg):
+        nonlocal left
+        if frame.f_code.co_filename not in files:
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return left <= 0
+
+
+@pytest.mark.parametrize("what", ["close", "hear"])
+def test_an_exception_while_tasks_are_woken_leaves_none_asleep(name, what):
+    """A signal handler's exception at any line of it must not lose the wake-up: `close` is called again, or the loop
+    hears the doorbell once more."""
+    for number in range(1, 400):
+        loop = asyncio.new_event_loop()
+        with Ring.create(name, 4096) as ring, Ring.open(name) as other:
+            task = loop.create_task(ring.read_async())
+            loop.run_until_complete(asyncio.sleep(0))
+            watch = ring._watches[ring._reader]
+            assert watch._waiting
+            if what == "close":
+                more = interrupted_at(number, ring.close)
+                ring.close()
+            else:
+                other.write(b"1")
+                more = interrupted_at(number, watch._heard)
+            loop.run_until_complete(asyncio.wait([task], timeout=DEADLINE))
+            assert task.done(), f"asleep after an exception at line {number}"
+            assert task.exception() is None if what == "hear" else isinstance(task.exception(), RingClosed)
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+        if not more:
+            return
+    raise AssertionError("there is no end to it")
