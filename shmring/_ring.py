@@ -61,7 +61,7 @@ TIGHT: Final = 5e-6
 # have to be woken, and its reader to wake it, with each message. But no longer than so many seconds: then for what it
 # needs. It is never more than what is free when the reader has taken everything, and the reader rings before it parks.
 ROOM: Final = 4
-PATIENCE: Final = 0.002
+PATIENCE: Final = 0.01
 OPEN_AGAIN: Final = 0.002  # seconds between two tries of `open` with a timeout
 
 _open_rings: dict[int, weakref.ref[Ring]] = {}
@@ -831,7 +831,7 @@ class Ring:
         spin.learn(paid)
 
     def _spin_for_room(self, writer: Writer, enough: int, deadline: float | None) -> None:
-        """Give the reader a short time. It looks seldom: every look takes the line with read_pos away from the reader."""
+        """Give the reader a short time. It looks seldom: a look takes the line with read_pos away from the reader."""
         now = time.perf_counter()
         until = _earlier(now + self._write_spin.seconds(), deadline)
         while now < until and writer.read_pos < enough:

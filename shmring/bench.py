@@ -839,7 +839,7 @@ def be_reader_of(label: str, way: str, writers: int, count: int) -> int:
     received: list[Any] = []
     if way == BATCHED:
         while len(received) < writers * count:
-            received += requests[0].rings[REQUEST].read_many()
+            received += requests[0].rings[REQUEST].read_many(BATCH[REQUEST])
     else:
         received = list(itertools.islice(type(requests[0]).requests(requests, REQUEST), writers * count))
     end = clock()

@@ -134,7 +134,7 @@ def test_json_on_stdout_is_nothing_but_json(run):
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
-        (["--only", "latency,speed"], "there is no part 'speed'; choose from latency, throughput, clients, writers, cpu"),
+        (["--only", "latency,speed"], "no part 'speed'; choose from latency, throughput, clients, writers, cpu"),
         (["--repeat", "0"], "a number from 1 on, not '0'"),
         (["--json", "/no/such/directory/file"], "cannot write to '/no/such/directory/file'"),
         (["--json", "-", "--svg", "-"], "cannot both go to stdout"),
