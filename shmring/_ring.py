@@ -580,7 +580,8 @@ class Ring:
         """Iterate over the messages as they come; each is out of the ring when it is handed out.
 
         It ends quietly when this handle is closed, and after `timeout` seconds without a message (None:
-        never). Leaving the loop loses nothing.
+        never). Leaving the loop loses nothing. If this process dies in the loop, what it was handed is taken, and at
+        most the message that was on its way to it; the others stay in the ring, also those that it had copied ahead.
         """
         while True:
             steps = self._messages

@@ -733,7 +733,8 @@ WORDS = "write_pos", "read_pos", "parked", "wanted", "used", "bell"  # in an ind
 CALLS = {
     "order": "order", "_order": "order", "fence": "fence", "_fence": "fence", "sleeper_fence": "membarrier",
     "ring": "ring bell", "note": "load bell", "wait": "wait bell", "nothing": "look", "pack": "store record",
-    "unpack": "load record", "_make_even": "store parked", "_ring": "load parked",
+    "unpack": "load record", "split_run": "load record",
+    "_make_even": "store parked", "_ring": "load parked",
 }  # fmt: skip
 
 
