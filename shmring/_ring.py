@@ -28,7 +28,6 @@ from ._words import (
     PACKED,
     RESERVED,
     Borrow,
-    Commit,
     Gather,
     GiveBack,
     Parking,
@@ -37,7 +36,6 @@ from ._words import (
     ReadOne,
     ReadRequest,
     Reserve,
-    Return,
     WriteBatch,
     Writer,
     WriteRequest,
@@ -1050,17 +1048,18 @@ class _InPlace:
             raise RuntimeError("a message in place is entered once; ask for another one")
         self._request = request
         try:
-            ask(request, _deadline(self._timeout))
+            ask(request, None if self._timeout is None else _deadline(self._timeout))
         except BaseException:
             self._leave()  # in case that it is there
             raise
         view: memoryview = request.view
         return view
 
-    def _end(self, enter: Callable[[Any], Any], request: Any) -> None:
+    def _end(self, enter: Callable[[Any], Any]) -> None:
         """Have its end done."""
+        self._request.ends = True
         try:
-            enter(request)
+            enter(self._request)
             self._done = True
         finally:
             if not self._done:
@@ -1104,7 +1103,8 @@ class Reservation(_InPlace):
         if self._ring._writer is not self._side:  # closed meanwhile, or in a forked child
             self._done = True
             raise self._ring._is_closed()
-        self._end(self._ring._enter_writer, Commit(self._request, nbytes))
+        self._request.commit = nbytes
+        self._end(self._ring._enter_writer)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -1129,12 +1129,11 @@ class Borrowed(_InPlace):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._request.take = True
         if self._ring._reader is not self._side:  # closed meanwhile, or in a forked child
             self._done = True
         else:
             try:
-                self._end(self._ring._enter_reader, Return(self._request))
+                self._end(self._ring._enter_reader)
             except BufferError:
                 if kind is None:  # else the exception says more
                     raise

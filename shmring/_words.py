@@ -171,15 +171,16 @@ class InPlace:
     cannot be released in the end, because something else still uses it, the side is refused to everybody.
 
     Attributes:
+        ends: It was asked for, and this is its end. To ask for that again is harmless.
         left: The caller has left without an end; nothing but the view stands in the way.
         thread: Whose it is. That one must not wait for itself.
     """
 
-    __slots__ = ("left", "thread", "view")
+    __slots__ = ("ends", "left", "thread", "view")
 
     def __init__(self) -> None:
         self.view: memoryview | None = None
-        self.left = False
+        self.ends = self.left = False
         self.thread = threading.get_ident()
 
     def released(self) -> bool:
@@ -220,24 +221,18 @@ STILL_USED: Final = "delete what was made from it (an array, another view) befor
 
 
 class Reserve(WriteRequest, InPlace):
-    """Make room for a message of `size` bytes and give a `view` of it, at the lane's `pos`."""
+    """Make room for a message of `size` bytes and give a `view` of it, at the lane's `pos`.
 
-    __slots__ = ("pos", "size")
+    At the end: publish the first `commit` bytes, or, if it is None, nothing.
+    """
+
+    __slots__ = ("commit", "pos", "size")
 
     def __init__(self, size: int) -> None:
-        super().__init__()
+        InPlace.__init__(self)
         self.size = size
         self.pos = 0
-
-
-class Commit(WriteRequest):
-    """Publish the first `size` bytes of what was reserved, or, if it is None, nothing."""
-
-    __slots__ = ("reserved", "size")
-
-    def __init__(self, reserved: Reserve, size: int | None) -> None:
-        self.reserved = reserved
-        self.size = size
+        self.commit: int | None = None
 
 
 class ReadRequest:
@@ -287,25 +282,19 @@ class ReadOne(ReadRequest):
 class Borrow(InPlace):
     """Give a `view` of the next message; it stays in its `lane`, or owed.
 
+    At the end it is consumed. One that its caller left without an end stays.
+
     Attributes:
         pos, count: What is read of the lane, and how many messages, once it is consumed.
-        take: It is to be consumed at the end, else it stays.
     """
 
-    __slots__ = ("count", "lane", "owed", "pos", "take")
+    __slots__ = ("count", "lane", "owed", "pos")
 
     def __init__(self) -> None:
-        super().__init__()
+        InPlace.__init__(self)
         self.lane: _Lane | None = None
         self.pos = self.count = 0
         self.owed: bytes | None = None
-        self.take = False
-
-
-class Return(NamedTuple):
-    """The end of what was borrowed."""
-
-    borrowed: Borrow
 
 
 class GiveBack(NamedTuple):
@@ -544,6 +533,7 @@ class Writer:
         # Of the claimed lane: where its bytes begin, and the indices of its words.
         self._first = self._write_pos = self._messages_in = self._read_pos = 0
         self._reader_parked = (segment.layout.readers_offset + _layout.READER_PARKED) >> 3
+        self._bytes = memoryview(segment.map)
         self._reserved: Reserve | None = None  # nothing else is written meanwhile
         self._fence: Fence = None
         self._order = segment.order_fence()
@@ -700,9 +690,9 @@ class Writer:
             return self._write_batch(request)
         if type(request) is Gather:
             return self._gather(request)
-        if type(request) is Reserve:
+        assert type(request) is Reserve
+        if not request.ends:
             return self._reserve(request)
-        assert type(request) is Commit
         self._commit(request)
         return None
 
@@ -728,21 +718,19 @@ class Writer:
         if wanted:
             return wanted
         at += RECORD_HEADER
-        with memoryview(self._segment.map) as whole:
-            request.view = whole[at : at + request.size]
+        request.view = self._bytes[at : at + request.size]
         self._reserved = request
         return None
 
-    def _commit(self, request: Commit) -> None:
+    def _commit(self, reserved: Reserve) -> None:
         """W2 is what the caller did to the view, and the length here."""
-        reserved = request.reserved
         if self._reserved is not reserved:
             return
         reserved.end(self._segment.name)
-        if request.size is not None:
+        if reserved.commit is not None:
             at = self._first + reserved.pos % self._segment.layout.capacity
-            self._segment.words[at >> 3] = request.size  # W2
-            self._publish(reserved.pos + record_bytes(request.size), 1)
+            self._segment.words[at >> 3] = reserved.commit  # W2
+            self._publish(reserved.pos + record_bytes(reserved.commit), 1)
         self._reserved = None
         assert self.parking is not None
         self.parking.wake()  # this handle's other threads, which waited for it
@@ -883,6 +871,7 @@ class Reader:
         self._lanes: list[_Lane] = []  # those that have ever been claimed, from the first on
         self._last = 0  # the lane that was served last
         self._owed: list[bytes] = []  # out of the ring, but not handed over; replaced, never changed
+        self._bytes = memoryview(segment.map).toreadonly()
         self._borrowed: Borrow | None = None  # nothing else is read meanwhile
         self._fence: Fence = None
         self._order = segment.order_fence()
@@ -1089,8 +1078,7 @@ class Reader:
             message = segment.map[body : body + size]  # R2
         else:
             message = request.view[:size]
-            with memoryview(segment.map) as ring:
-                message[:] = ring[body : body + size]  # R2
+            message[:] = self._bytes[body : body + size]  # R2
         pos += record_bytes(size)
         request.taken.append((lane.read_pos, pos, [message]))
         self._last = lane.number
@@ -1108,7 +1096,7 @@ class Reader:
 
     def _borrow(self, request: Borrow) -> memoryview | None:
         """What the caller does with the view is the copy of the record that comes before R3."""
-        segment, capacity = self._segment, self._segment.layout.capacity
+        capacity = self._segment.layout.capacity
         if self._owed:
             request.owed = self._owed[0]
             request.view = memoryview(request.owed)
@@ -1120,8 +1108,7 @@ class Reader:
         lane, pos, size = found
         body = lane.first + pos % capacity + RECORD_HEADER
         request.lane, request.pos, request.count = lane, pos + record_bytes(size), lane.count + 1
-        with memoryview(segment.map) as whole, whole[body : body + size] as view:
-            request.view = view.toreadonly()
+        request.view = self._bytes[body : body + size]
         self._borrowed = request
         self._last = lane.number
         return request.view
@@ -1131,9 +1118,9 @@ class Reader:
         if self._borrowed is not borrowed:
             return
         borrowed.end(self._segment.name)
-        if borrowed.take and borrowed.lane is not None:
+        if borrowed.ends and borrowed.lane is not None:
             self._free(borrowed.lane, borrowed.pos, borrowed.count)
-        elif borrowed.take and self._owed and self._owed[0] is borrowed.owed:
+        elif borrowed.ends and self._owed and self._owed[0] is borrowed.owed:
             self._owed = self._owed[1:]
         self._borrowed = None
         assert self.parking is not None
@@ -1180,7 +1167,9 @@ class Reader:
 
     def _serve(self, request: Any) -> Any:
         """Requests that are not for one message as it comes."""
-        if isinstance(request, (ReadRequest, Borrow)) and self._is_borrowed():
+        if type(request) is Borrow and request.ends:
+            return self._return(request)
+        if type(request) is not GiveBack and self._borrowed is not None and self._is_borrowed():
             return None
         if type(request) is ReadBatch:
             return self._read_batch(request)
@@ -1188,8 +1177,6 @@ class Reader:
             return self._read_one(request)
         if type(request) is Borrow:
             return self._borrow(request)
-        if type(request) is Return:
-            return self._return(request.borrowed)
         assert type(request) is GiveBack
         self._owed = self._owed + request.messages
         self._make_good()

@@ -768,7 +768,7 @@ def accesses(node):
     for n in ast.walk(node):
         what = None
         store = isinstance(getattr(n, "ctx", None), ast.Store)
-        if isinstance(n, ast.Subscript) and last_name(n.value) in ("words", "bells", "map", "ring"):
+        if isinstance(n, ast.Subscript) and last_name(n.value) in ("words", "bells", "map", "ring", "_bytes"):
             what = access("store" if store else "load", ast.unparse(n))
         elif isinstance(n, ast.Call):
             what = CALLS.get(last_name(n.func))
