@@ -28,6 +28,7 @@ with contextlib.suppress(ImportError):
 
 ON_LINUX = sys.platform == "linux" and not DARWIN
 needs_selectors = pytest.mark.skipif(WINDOWS, reason="selectors wait for nothing but sockets here")
+needs_fifos = pytest.mark.skipif(WINDOWS, reason="doorbells are events there, which go with their processes")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 
@@ -214,8 +215,6 @@ def test_the_successor_of_a_killed_reader_hears_its_own(ring, children):
 
 def fifos(name):
     """The doorbells of a ring of this name that are there, also of processes that were killed."""
-    if WINDOWS:
-        pytest.skip("they are events, which go with their processes")
     if ON_LINUX:
         return glob.glob(f"{os_backend.DIRECTORY}/{os_backend.DOORBELLS}{name}.*")
     found = Path(os_backend._folder()).glob("ring-*/doorbell-*")
@@ -228,6 +227,7 @@ def create_and_die(name, keep=False):
     kill_yourself()
 
 
+@needs_fifos
 def test_what_a_killed_reader_leaves_goes_with_the_ring(name, children):
     with Ring.create(name, 4096):
         assert children.join(children.start(attach_and_die, name)) == KILLED
@@ -244,6 +244,7 @@ def test_what_a_killed_reader_leaves_goes_with_the_ring(name, children):
     assert not fifos(name) and not segments()
 
 
+@needs_fifos
 @pytest.mark.parametrize("keep", [False, True], ids=["", "kept"])
 def test_what_a_killed_reader_leaves_goes_with_the_name_of_a_ring_that_nobody_has(name, children, keep):
     assert children.join(children.start(create_and_die, name, keep)) == KILLED
@@ -252,6 +253,7 @@ def test_what_a_killed_reader_leaves_goes_with_the_name_of_a_ring_that_nobody_ha
     assert not fifos(name)
 
 
+@needs_fifos
 def test_what_a_killed_reader_leaves_goes_when_a_kept_ring_is_replaced_or_unlinked_by_a_handle(name, children):
     assert children.join(children.start(create_and_die, name, True)) == KILLED
     with Ring.create(name, 4096, keep=True, replace=True):
@@ -265,6 +267,7 @@ def test_what_a_killed_reader_leaves_goes_when_a_kept_ring_is_replaced_or_unlink
     assert not fifos(name)
 
 
+@needs_fifos
 @pytest.mark.parametrize("keep", [False, True], ids=["", "kept"])
 def test_the_doorbell_of_a_ring_whose_name_was_removed_rings_on(name, keep):
     """Whoever has the ring open is not to lose its doorbell with the name: its writers may not have opened it yet."""
