@@ -1129,6 +1129,7 @@ class Borrowed(_InPlace):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._request.ends = True  # first: an exception from here on consumes it all the same
         if self._ring._reader is not self._side:  # closed meanwhile, or in a forked child
             self._done = True
         else:

@@ -794,7 +794,7 @@ def counted(words, slot, replace=setattr):
 
     def count_ring(self, bell):
         words[slot] += 1
-        ring(self, bell)
+        return ring(self, bell)
 
     def count_wait(self, bell, noted, deadline):
         words[slot + 1] += 1
