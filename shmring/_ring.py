@@ -1124,12 +1124,13 @@ class Borrowed(_InPlace):
         super().__init__(ring, ring._reader, timeout)
 
     def __enter__(self) -> memoryview:
-        return self._begin(Borrow(), self._ring._await)
+        view = self._begin(Borrow(), self._ring._await)
+        self._request.given = True  # from here on an exception is one in the block
+        return view
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._request.ends = True  # first: an exception from here on consumes it all the same
         if self._ring._reader is not self._side:  # closed meanwhile, or in a forked child
             self._done = True
         else:

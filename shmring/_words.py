@@ -282,19 +282,19 @@ class ReadOne(ReadRequest):
 class Borrow(InPlace):
     """Give a `view` of the next message; it stays in its `lane`, or owed.
 
-    At the end it is consumed. One that its caller left without an end stays.
-
     Attributes:
+        given: The caller has the view: it is consumed in the end, whatever comes. Else it stays.
         pos, count: What is read of the lane, and how many messages, once it is consumed.
     """
 
-    __slots__ = ("count", "lane", "owed", "pos")
+    __slots__ = ("count", "given", "lane", "owed", "pos")
 
     def __init__(self) -> None:
         InPlace.__init__(self)
         self.lane: _Lane | None = None
         self.pos = self.count = 0
         self.owed: bytes | None = None
+        self.given = False
 
 
 class GiveBack(NamedTuple):
@@ -1118,9 +1118,9 @@ class Reader:
         if self._borrowed is not borrowed:
             return
         borrowed.end(self._segment.name)
-        if borrowed.ends and borrowed.lane is not None:
+        if borrowed.given and borrowed.lane is not None:
             self._free(borrowed.lane, borrowed.pos, borrowed.count)
-        elif borrowed.ends and self._owed and self._owed[0] is borrowed.owed:
+        elif borrowed.given and self._owed and self._owed[0] is borrowed.owed:
             self._owed = self._owed[1:]
         self._borrowed = None
         assert self.parking is not None
