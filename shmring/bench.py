@@ -536,6 +536,7 @@ BATCHED: Final = f"{OURS}, batched"
 ITERATED: Final = f"{OURS}, iterated"
 VIEWED: Final = f"{OURS}, by view"
 WAYS: Final = (OURS, BATCHED, ITERATED, VIEWED, *PEERS)  # to stream
+CALLED: Final = (OURS, BATCHED, *PEERS)  # those of them that are measured in other parts too
 
 
 def filler(read_into: Callable[[memoryview], int], size: int) -> Callable[[], bytearray]:
@@ -1326,15 +1327,14 @@ def run_writers(bench: Bench, office: Office) -> None:
     size = CAPACITY[REQUEST]
     office.connect_wide_lanes(size)
     bench.say(f"WRITERS, messages of {REQUEST} B a second to one reader; shmring: a lane of {bytes_of(size)} each.")
-    ways = [way for way in WAYS if way not in (ITERATED, VIEWED)]
     for writers in (1, CLIENTS):
         case = f"{writers} writer{'s' * (writers > 1)}"
-        runs = bench.rounds(case, {way: partial(office.crowd, way, writers) for way in ways}, bench.scale.seconds)
-        for way in ways:
+        runs = bench.rounds(case, {way: partial(office.crowd, way, writers) for way in CALLED}, bench.scale.seconds)
+        for way in CALLED:
             rates = [run.messages / run.seconds for run in runs[way]]
             bench.note("writers", case, way, "messages/s", rates, size=REQUEST, capacity=size)
         columns = {**figure("messages/s", rate), "gain": bench.gain_cell}
-        bench.show("writers", case, ways, {**columns, "batched": lambda result: bench.gain_cell(result, BATCHED)})
+        bench.show("writers", case, CALLED, {**columns, "batched": lambda result: bench.gain_cell(result, BATCHED)})
 
 
 def of_client(talks: Sequence[Talk]) -> dict[str, float]:
@@ -1358,12 +1358,11 @@ def run_cpu(bench: Bench, pair: Pair, fleet: Fleet, channels: contextlib.ExitSta
     bench.say("CPU, user and system time: of both processes for a stream, of a reader without a message")
     size = SIZES[0]
     case = f"{bytes_of(size)}, seconds per million"
-    ways = [way for way in WAYS if way not in (ITERATED, VIEWED)]
-    runs = bench.rounds(case, {way: partial(pair.stream_and_cpu, size, way) for way in ways}, bench.scale.seconds)
-    for way in ways:
+    runs = bench.rounds(case, {way: partial(pair.stream_and_cpu, size, way) for way in CALLED}, bench.scale.seconds)
+    for way in CALLED:
         costs = [run.cpu / run.messages * 1e6 for run in runs[way]]
         bench.note("cpu", case, way, "s/million", costs, **about(way, size))
-    bench.show("cpu", case, ways, {**figure("CPU"), "gain": bench.gain_cell})
+    bench.show("cpu", case, CALLED, {**figure("CPU"), "gain": bench.gain_cell})
     seconds = bench.scale.idle
     case = "2 idle seconds, milliseconds" + (f" (from {seconds:g} s)" if seconds != 2 else "")
     bench.progress.show(case)
@@ -1398,7 +1397,9 @@ def goals(bench: Bench) -> list[Goal]:
             found.append(Goal(f"latency, 64 B, {mode}, p50", latency.median, "us", asked, True))
     ratios = [
         ("latency", "64 B, asyncio", OURS, "os.pipe", 1 / 1.5),
-        *(("throughput", "64 B", OURS, peer, asked) for peer, asked in zip(PEERS, (25, 7, 0, 1.5)) if asked),
+        ("throughput", "64 B", OURS, "multiprocessing.Queue", 25),
+        ("throughput", "64 B", OURS, "multiprocessing.Pipe", 7),
+        ("throughput", "64 B", OURS, "os.pipe", 1.5),
         ("throughput", "64 B", BATCHED, "os.pipe", 9),
         ("throughput", "1 KiB", OURS, "os.pipe", 2),
         ("throughput", "64 KiB", OURS, "os.pipe", 7),
