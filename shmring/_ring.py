@@ -377,20 +377,23 @@ class Ring:
 
     def _enter_writer(self, data: Any) -> Any:
         """Ask the writer's monitor: None, or which read_pos is wanted."""
+        return self._enter(self._writer, self._send, data)
+
+    def _enter(self, side: Writer | Reader, send: Callable[[Any], Any], request: Any) -> Any:
+        """Ask a side's monitor, by its steps as they are known here, else by those that have come in their place."""
         try:
-            return self._send(data)
+            return send(request)
         except StopIteration:  # an exception ended these steps, or `close`
             pass
         except ValueError as error:
             if error.args != BUSY:
                 raise
-        monitor = self._writer.monitor
         try:
-            return monitor.enter(data)  # waits for the thread that is inside
+            return side.monitor.enter(request)  # waits for the thread that is inside
         except MonitorClosed:
             raise self._is_closed() from None
         finally:
-            self._send = monitor.steps.send
+            self._send, self._messages = self._writer.monitor.steps.send, self._reader.monitor.steps
 
     def _write_in_time(self, request: WriteRequest, deadline: float | None) -> None:
         wanted = self._enter_writer(request)
@@ -496,23 +499,10 @@ class Ring:
 
     def try_read(self) -> bytes | None:
         """Remove and return one message if there is one, else None. Raises what `read` raises, but RingTimeout."""
-        message: Any = None
-        try:
-            for message in self._messages:  # as in `read`
-                if message is not None:
-                    return message  # type: ignore[no-any-return]
-                break
-            else:
-                message = self._take()
-        except BaseException as error:
-            if message is not None:
-                self._give_back(message)
-            if not isinstance(error, ValueError) or error.args != BUSY:
-                raise
-            message = self._take()
+        message = self._take()
         while message is None and self._announcing and not self._arm(self._reader):
             message = self._take()
-        return message  # type: ignore[no-any-return]
+        return message
 
     def _take(self) -> bytes | None:
         message: Any = None
@@ -697,7 +687,7 @@ class Ring:
 
     async def _await_async(self, take: Callable[[], Any], timeout: float | None) -> Any:
         """What `take` gives, which is taken and returned with nothing in between that could be cancelled."""
-        deadline = None if timeout is None else _deadline(timeout)
+        deadline = _deadline(timeout)
         reader = self._reader
         watch = self._watches.get(reader)
         if watch is None:
@@ -722,7 +712,7 @@ class Ring:
             RingTimeout: There was no room in time; nothing was written. And what else `write` raises.
             NotImplementedError: As for `read_async`.
         """
-        deadline = None if timeout is None else _deadline(timeout)
+        deadline = _deadline(timeout)
         if type(data) is not bytes:
             data = _flat(data)
         writer = self._writer
@@ -777,20 +767,7 @@ class Ring:
 
     def _enter_reader(self, request: Any) -> Any:
         """Ask the reader's monitor."""
-        try:
-            return self._messages.send(request)
-        except StopIteration:  # as in `_enter_writer`
-            pass
-        except ValueError as error:
-            if error.args != BUSY:
-                raise
-        monitor = self._reader.monitor
-        try:
-            return monitor.enter(request)
-        except MonitorClosed:
-            raise self._is_closed() from None
-        finally:
-            self._messages = monitor.steps
+        return self._enter(self._reader, self._messages.send, request)
 
     def _give_back(self, message: bytes) -> None:
         """An exception kept a message from the caller: the next read gets it."""
@@ -1048,7 +1025,7 @@ class _InPlace:
             raise RuntimeError("a message in place is entered once; ask for another one")
         self._request = request
         try:
-            ask(request, None if self._timeout is None else _deadline(self._timeout))
+            ask(request, _deadline(self._timeout))
         except BaseException:
             self._leave()  # in case that it is there
             raise

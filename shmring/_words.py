@@ -194,12 +194,8 @@ class InPlace:
 
     def end(self, name: str) -> None:
         """Release the view at the end of the block, in the monitor; BufferError if something still uses it."""
-        try:
-            if self.view is not None:
-                self.view.release()
-        except BufferError:
-            what = f"the view of a message in place in ring {name!r} is still in use: {STILL_USED}"
-            raise BufferError(what) from None
+        if not self.released():
+            raise BufferError(f"the view of a message in place in ring {name!r} is still in use: {STILL_USED}")
 
     def is_over(self, name: str) -> bool:
         """Has its caller left, and is the view released? False: another thread still works on it.
@@ -1193,8 +1189,8 @@ class Reader:
         # Of the lane that is being read: its words, and how far it is read, published and handed over.
         write_pos = read_pos = messages_out = parked = 0
         pos = end = given = count = base = last = 0
-        size, step = -1, 0  # of the last record, and what takes it out
-        unpack = _record_of(0)
+        size, step = -1, 0  # of the last record
+        unpack: Any = None  # what takes one of that size out, once a second one is there
         message = yield
         try:
             if self.parking is None:
@@ -1257,6 +1253,8 @@ class Reader:
                 if following and at <= last:
                     # One more like the last one, and that is all there is, or it is too long for bursts: the way of a
                     # message that is awaited, written out for its latency. What is no such record is looked at below.
+                    if unpack is None:
+                        unpack = _record_of(size)
                     length, message = unpack(ring, at)  # R2
                     if length == size:
                         if order:
@@ -1273,16 +1271,16 @@ class Reader:
                     message = None
                 lane.end = end
                 self._check(lane, pos)
-                pos, size = self._record(lane, pos)
-                if size < 0:
+                pos, found = self._record(lane, pos)
+                if found < 0:
                     raise self._bad_length(lane, pos)
                 if pos == end:
                     given = pos
                     self._free(lane, pos, count)  # nothing but padding
-                    size = -1  # what comes next is not like the last one: 0 would go with another record's step
+                    size, step = -1, 0  # what comes next is not like the last one
                     continue
-                step = record_bytes(size)
-                unpack = _record_of(size)
+                if found != size:
+                    size, step, unpack = found, record_bytes(found), None
                 base = pos - pos % capacity - lane.first
                 last = lane.top - step
                 at = pos - base
