@@ -371,25 +371,24 @@ class Ring:
             raise TypeError(f"nbytes is a number of bytes, not {type(nbytes).__name__}")
         if nbytes < 0:
             raise ValueError(f"nbytes is a number of bytes, not {nbytes}")
-        if nbytes > self.max_message:
+        if nbytes > self._segment.layout.max_message:
             raise MessageTooLarge(self.name, nbytes, self.max_message)
         return Reservation(self, nbytes, timeout)
 
     def _enter_writer(self, data: Any) -> Any:
         """Ask the writer's monitor: None, or which read_pos is wanted."""
-        return self._enter(self._writer, self._send, data)
+        try:
+            return self._send(data)
+        except (StopIteration, ValueError) as refusal:
+            return self._enter(self._writer, data, refusal)
 
-    def _enter(self, side: Writer | Reader, send: Callable[[Any], Any], request: Any) -> Any:
-        """Ask a side's monitor, by its steps as they are known here, else by those that have come in their place."""
+    def _enter(self, side: Writer | Reader, request: Any, refusal: Exception) -> Any:
+        """Ask a side's monitor, of which the steps as they are known here refused it, or ended with this ValueError."""
+        if isinstance(refusal, ValueError) and refusal.args != BUSY:
+            raise refusal
+        # An exception ended these steps, or `close`; or a thread is inside.
         try:
-            return send(request)
-        except StopIteration:  # an exception ended these steps, or `close`
-            pass
-        except ValueError as error:
-            if error.args != BUSY:
-                raise
-        try:
-            return side.monitor.enter(request)  # waits for the thread that is inside
+            return side.monitor.enter(request)
         except MonitorClosed:
             raise self._is_closed() from None
         finally:
@@ -767,7 +766,10 @@ class Ring:
 
     def _enter_reader(self, request: Any) -> Any:
         """Ask the reader's monitor."""
-        return self._enter(self._reader, self._messages.send, request)
+        try:
+            return self._messages.send(request)
+        except (StopIteration, ValueError) as refusal:
+            return self._enter(self._reader, request, refusal)
 
     def _give_back(self, message: bytes) -> None:
         """An exception kept a message from the caller: the next read gets it."""
@@ -1010,47 +1012,36 @@ class _AsyncMessages:
             raise StopAsyncIteration from None
 
 
+ONCE: Final = "a message in place is entered once; ask for another one"
+
+
 class _InPlace:
     """A message in place, as a context manager whose view ends with the block."""
 
+    _ring: Ring
+    _side: Writer | Reader
+    _timeout: float | None
     _request: Any = None
-    _done = False  # its end
-
-    def __init__(self, ring: Ring, side: Writer | Reader, timeout: float | None) -> None:
-        self._ring, self._side, self._timeout = ring, side, timeout
-
-    def _begin(self, request: Any, ask: Callable[[Any, float | None], Any]) -> memoryview:
-        """Have it put in place."""
-        if self._request is not None:
-            raise RuntimeError("a message in place is entered once; ask for another one")
-        self._request = request
-        try:
-            ask(request, _deadline(self._timeout))
-        except BaseException:
-            self._leave()  # in case that it is there
-            raise
-        view: memoryview = request.view
-        return view
 
     def _end(self, enter: Callable[[Any], Any]) -> None:
         """Have its end done."""
         self._request.ends = True
         try:
             enter(self._request)
-            self._done = True
-        finally:
-            if not self._done:
-                self._leave()
+        except BaseException:
+            self._leave()
+            raise
+        self._request.left = True
 
     def _leave(self) -> None:
         """Have whoever comes next do what there is left to do: nobody waits for us any longer."""
-        self._request.left = self._done = True
+        self._request.left = True
         if self._side.parking is not None:
             self._side.parking.wake()
 
     def __del__(self) -> None:
         """A signal handler's exception may come before the first instruction of `__exit__`, which then is skipped."""
-        if self._request is not None and not self._done:
+        if self._request is not None and not self._request.left:
             self._leave()
 
 
@@ -1058,11 +1049,22 @@ class Reservation(_InPlace):
     """Room for one message that is written in place; see `Ring.reserve`."""
 
     def __init__(self, ring: Ring, nbytes: int, timeout: float | None) -> None:
-        super().__init__(ring, ring._writer, timeout)
-        self._nbytes = nbytes
+        self._ring, self._side, self._nbytes, self._timeout = ring, ring._writer, nbytes, timeout
 
     def __enter__(self) -> memoryview:
-        return self._begin(Reserve(self._nbytes), self._ring._write_in_time)
+        if self._request is not None:
+            raise RuntimeError(ONCE)
+        ring = self._ring
+        request = self._request = Reserve(self._nbytes)
+        try:
+            wanted = ring._enter_writer(request)
+            if wanted is not None:
+                ring._write_when_room(request, wanted, _deadline(self._timeout))
+        except BaseException:
+            self._leave()  # in case that it is there
+            raise
+        assert request.view is not None
+        return request.view
 
     def commit(self, nbytes: int) -> None:
         """Publish the first `nbytes` bytes now, as the message. The view ends, and the block may be left.
@@ -1070,7 +1072,7 @@ class Reservation(_InPlace):
         Raises:
             ValueError: More bytes than were reserved, or not in the block; nothing is published.
         """
-        if self._request is None or self._done:
+        if self._request is None or self._request.left:
             raise ValueError("commit: this is not in the block, or it was done already")
         if not isinstance(nbytes, int) or not 0 <= nbytes <= self._nbytes:
             raise ValueError(f"commit takes 0 to {self._nbytes:,} bytes, which were reserved, not {nbytes!r}")
@@ -1078,7 +1080,7 @@ class Reservation(_InPlace):
 
     def _commit(self, nbytes: int | None) -> None:
         if self._ring._writer is not self._side:  # closed meanwhile, or in a forked child
-            self._done = True
+            self._request.left = True
             raise self._ring._is_closed()
         self._request.commit = nbytes
         self._end(self._ring._enter_writer)
@@ -1087,9 +1089,9 @@ class Reservation(_InPlace):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is None:
-            if not self._done:
+            if not self._request.left:
                 self._commit(self._nbytes)
-        elif not self._done:
+        elif not self._request.left:
             with suppress(RingClosed, BufferError):  # the exception says more
                 self._commit(None)
 
@@ -1098,24 +1100,35 @@ class Borrowed(_InPlace):
     """A message that is read in place; see `Ring.borrow`."""
 
     def __init__(self, ring: Ring, timeout: float | None) -> None:
-        super().__init__(ring, ring._reader, timeout)
+        self._ring, self._side, self._timeout = ring, ring._reader, timeout
 
     def __enter__(self) -> memoryview:
-        view = self._begin(Borrow(), self._ring._await)
-        self._request.given = True  # from here on an exception is one in the block
+        if self._request is not None:
+            raise RuntimeError(ONCE)
+        ring = self._ring
+        request = self._request = Borrow()
+        try:
+            if ring._enter_reader(request) is None:
+                ring._await(request, _deadline(self._timeout))
+        except BaseException:
+            self._leave()  # in case that it is there
+            raise
+        assert request.view is not None
+        view = request.view
+        request.given = True  # from here on an exception is one in the block
         return view
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._ring._reader is not self._side:  # closed meanwhile, or in a forked child
-            self._done = True
-        else:
-            try:
-                self._end(self._ring._enter_reader)
-            except BufferError:
-                if kind is None:  # else the exception says more
-                    raise
+            self._request.left = True
+            return
+        try:
+            self._end(self._ring._enter_reader)
+        except BufferError:
+            if kind is None:  # else the exception says more
+                raise
 
 
 def _close_when_gone(segment: Segment, views: list[weakref.ref[memoryview]]) -> None:

@@ -134,10 +134,8 @@ def make_fence(tso: bool) -> Callable[[], None]:
 class WriteRequest:
     """What is asked of a writer besides to write one message as it comes."""
 
-    __slots__ = ()
-
-    def __len__(self) -> int:
-        return sys.maxsize  # no message is as long: it leaves the writer's fast path by its length
+    # No message is as long: it leaves the writer's fast path by its length. In C, because it is asked for twice.
+    __len__ = sys.maxsize.__index__
 
 
 class WriteBatch(WriteRequest):
@@ -145,8 +143,6 @@ class WriteBatch(WriteRequest):
 
     `size` is their size, or -1 if they have several.
     """
-
-    __slots__ = ("done", "messages", "size")
 
     def __init__(self, messages: list[Any], size: int) -> None:
         self.messages = messages
@@ -156,8 +152,6 @@ class WriteBatch(WriteRequest):
 
 class Gather(WriteRequest):
     """Write these buffers, of so many bytes together, as one message."""
-
-    __slots__ = ("buffers", "size")
 
     def __init__(self, buffers: list[Any], size: int) -> None:
         self.buffers = buffers
@@ -172,30 +166,24 @@ class InPlace:
 
     Attributes:
         ends: It was asked for, and this is its end. To ask for that again is harmless.
-        left: The caller has left without an end; nothing but the view stands in the way.
+        left: The caller has left: with an end that is done, or without one, and then only the view stands in the way.
         thread: Whose it is. That one must not wait for itself.
     """
 
-    __slots__ = ("ends", "left", "thread", "view")
+    view: memoryview | None = None
+    ends = left = False
 
     def __init__(self) -> None:
-        self.view: memoryview | None = None
-        self.ends = self.left = False
         self.thread = threading.get_ident()
 
     def released(self) -> bool:
-        """Release the view; was it possible?"""
+        """Release the view; was it possible? Else something still uses it."""
         try:
             if self.view is not None:
                 self.view.release()
         except BufferError:
             return False
         return True
-
-    def end(self, name: str) -> None:
-        """Release the view at the end of the block, in the monitor; BufferError if something still uses it."""
-        if not self.released():
-            raise BufferError(f"the view of a message in place in ring {name!r} is still in use: {STILL_USED}")
 
     def is_over(self, name: str) -> bool:
         """Has its caller left, and is the view released? False: another thread still works on it.
@@ -208,12 +196,13 @@ class InPlace:
                 raise RingBusy(f"this thread has a message of ring {name!r} in place; leave its `with` block first")
             return False
         if not self.released():
-            what = f"the view of a message that was in place in ring {name!r} is still in use"
-            raise RingBusy(f"{what}: {STILL_USED}")
+            raise RingBusy(_still_used(name))
         return True
 
 
-STILL_USED: Final = "delete what was made from it (an array, another view) before leaving the `with` block"
+def _still_used(name: str) -> str:
+    what = "delete what was made from it (an array, another view) before leaving the `with` block"
+    return f"the view of a message in place in ring {name!r} is still in use: {what}"
 
 
 class Reserve(WriteRequest, InPlace):
@@ -222,13 +211,11 @@ class Reserve(WriteRequest, InPlace):
     At the end: publish the first `commit` bytes, or, if it is None, nothing.
     """
 
-    __slots__ = ("commit", "pos", "size")
+    pos = at = 0
+    commit: int | None = None
 
     def __init__(self, size: int) -> None:
-        InPlace.__init__(self)
-        self.size = size
-        self.pos = 0
-        self.commit: int | None = None
+        self.thread, self.size = threading.get_ident(), size
 
 
 class ReadRequest:
@@ -283,14 +270,10 @@ class Borrow(InPlace):
         pos, count: What is read of the lane, and how many messages, once it is consumed.
     """
 
-    __slots__ = ("count", "given", "lane", "owed", "pos")
-
-    def __init__(self) -> None:
-        InPlace.__init__(self)
-        self.lane: _Lane | None = None
-        self.pos = self.count = 0
-        self.owed: bytes | None = None
-        self.given = False
+    lane: _Lane | None = None
+    pos = count = 0
+    owed: bytes | None = None
+    given = False
 
 
 class GiveBack(NamedTuple):
@@ -530,6 +513,7 @@ class Writer:
         self._first = self._write_pos = self._messages_in = self._read_pos = 0
         self._reader_parked = (segment.layout.readers_offset + _layout.READER_PARKED) >> 3
         self._bytes = memoryview(segment.map)
+        self._free = 0  # up to here messages in place may go without another look
         self._reserved: Reserve | None = None  # nothing else is written meanwhile
         self._fence: Fence = None
         self._order = segment.order_fence()
@@ -652,7 +636,8 @@ class Writer:
         words[self._messages_in] = words[self._messages_in] + messages & WORD
         if self._fence:
             self._fence()  # W4
-        self._ring()  # W5
+        if words[self._reader_parked] & 1:  # W5
+            self._ring()
 
     def _room(self, pos: int, step: int) -> tuple[int, int, int]:
         """Look for room at `pos` for a record of `step` bytes, after padding where the lane ends.
@@ -682,25 +667,21 @@ class Writer:
 
     def _serve(self, request: Any) -> int | None:
         """Requests that are not one message as it comes."""
+        if type(request) is Reserve:  # first: its time is what it is for
+            if not request.ends:
+                return self._reserve(request)
+            self._commit(request)
+            return None
         if type(request) is WriteBatch:
             return self._write_batch(request)
-        if type(request) is Gather:
-            return self._gather(request)
-        assert type(request) is Reserve
-        if not request.ends:
-            return self._reserve(request)
-        self._commit(request)
-        return None
-
-    def _next(self, size: int) -> tuple[int, int, int]:
-        """Where a record for `size` bytes goes, its offset in the segment, and 0 or the read_pos that is wanted."""
-        pos, _, wanted = self._room(self._segment.words[self._write_pos], record_bytes(size))
-        return pos, self._first + pos % self._segment.layout.capacity, wanted
+        assert type(request) is Gather
+        return self._gather(request)
 
     def _gather(self, request: Gather) -> int | None:
-        pos, at, wanted = self._next(request.size)
+        pos, _, wanted = self._room(self._segment.words[self._write_pos], record_bytes(request.size))
         if wanted:
             return wanted
+        at = self._first + pos % self._segment.layout.capacity
         self._segment.words[at >> 3] = request.size  # W2
         at += RECORD_HEADER
         for buffer in request.buffers:
@@ -710,11 +691,16 @@ class Writer:
         return None
 
     def _reserve(self, request: Reserve) -> int | None:
-        request.pos, at, wanted = self._next(request.size)
-        if wanted:
-            return wanted
+        segment, size = self._segment, request.size
+        pos, step = segment.words[self._write_pos], record_bytes(size)
+        if pos + step > self._free or self._reserved is not None:
+            pos, self._free, wanted = self._room(pos, step)
+            if wanted:
+                return wanted
+        at = self._first + pos % segment.layout.capacity
+        request.pos, request.at = pos, at
         at += RECORD_HEADER
-        request.view = self._bytes[at : at + request.size]
+        request.view = self._bytes[at : at + size]
         self._reserved = request
         return None
 
@@ -722,11 +708,12 @@ class Writer:
         """W2 is what the caller did to the view, and the length here."""
         if self._reserved is not reserved:
             return
-        reserved.end(self._segment.name)
-        if reserved.commit is not None:
-            at = self._first + reserved.pos % self._segment.layout.capacity
-            self._segment.words[at >> 3] = reserved.commit  # W2
-            self._publish(reserved.pos + record_bytes(reserved.commit), 1)
+        if not reserved.released():
+            raise BufferError(_still_used(self._segment.name))
+        size = reserved.commit
+        if size is not None:
+            self._segment.words[reserved.at >> 3] = size  # W2
+            self._publish(reserved.pos + record_bytes(size), 1)
         self._reserved = None
         assert self.parking is not None
         self.parking.wake()  # this handle's other threads, which waited for it
@@ -1034,7 +1021,8 @@ class Reader:
         words[lane.messages_out] = lane.count = count
         if self._fence:
             self._fence()  # R4
-        self._ring(lane, pos)  # R5
+        if words[lane.parked] & 1:  # R5
+            self._ring(lane, pos)
 
     def _ring(self, lane: _Lane, pos: int) -> None:
         """R5, when the lane's writer is asleep and has the room it waits for."""
@@ -1049,14 +1037,16 @@ class Reader:
 
     def _first(self) -> tuple[_Lane, int, int] | None:
         """The lane whose turn it is and that has a record, with the record's position and size; padding is consumed."""
-        for lane in reversed(self._look()):
+        lanes = self._lanes
+        known = len(lanes) == 1 and lanes[0].pos < lanes[0].end and not lanes[0].damage  # a quarter of a borrow's time
+        for lane in lanes if known else reversed(self._look()):
             pos, size = self._record(lane, lane.pos)
             if size < 0:
                 raise self._bad_length(lane, pos)
             if pos != lane.end:
                 return lane, pos, size
             self._free(lane, pos, lane.count)  # nothing but padding
-        return None
+        return self._first() if known else None
 
     def _read_one(self, request: ReadOne) -> bytes | int | None:
         segment, capacity = self._segment, self._segment.layout.capacity
@@ -1113,7 +1103,8 @@ class Reader:
         """Doing it again, because an exception came in between, is harmless."""
         if self._borrowed is not borrowed:
             return
-        borrowed.end(self._segment.name)
+        if not borrowed.released():
+            raise BufferError(_still_used(self._segment.name))
         if borrowed.given and borrowed.lane is not None:
             self._free(borrowed.lane, borrowed.pos, borrowed.count)
         elif borrowed.given and self._owed and self._owed[0] is borrowed.owed:
@@ -1165,14 +1156,14 @@ class Reader:
         """Requests that are not for one message as it comes."""
         if type(request) is Borrow and request.ends:
             return self._return(request)
-        if type(request) is not GiveBack and self._borrowed is not None and self._is_borrowed():
+        if self._borrowed is not None and type(request) is not GiveBack and self._is_borrowed():
             return None
+        if type(request) is Borrow:
+            return self._borrow(request)
         if type(request) is ReadBatch:
             return self._read_batch(request)
         if type(request) is ReadOne:
             return self._read_one(request)
-        if type(request) is Borrow:
-            return self._borrow(request)
         assert type(request) is GiveBack
         self._owed = self._owed + request.messages
         self._make_good()

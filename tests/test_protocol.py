@@ -888,7 +888,6 @@ PLANTED = [
     ("Writer._steps", "# W3", "# W4"),
     ("Writer._publish", "# ORDER W2", "# W3"),
     ("Writer._publish", "# W3", "# W4"),
-    ("Writer._publish", "# W3", "# W5"),
     ("Writer._room", "# W1", "# ORDER W1"),
     ("Writer._ring", ".ring(", "self._rung = epoch"),
     ("Reader._look", "# R1", "# ORDER R1"),
