@@ -624,6 +624,8 @@ class Writer:
         """W5, when the reader is asleep."""
         epoch = self._segment.words[self._reader_parked]
         if epoch & 1 and epoch != self._rung:
+            if self._order:
+                self._order()  # ORDER epoch before doorbell, as they were stored
             rung = self._segment.ring(self._segment.layout.readers_offset + _layout.READER_BELL)
             self._rung = epoch if rung else 0  # after it: an exception in between rings twice, which harms nobody
 

@@ -144,6 +144,19 @@ def test_the_writer_rings_once_for_each_epoch(request_for):
         assert segment.log.count("ring reader_bell") == rings, epoch
 
 
+def test_the_writer_looks_at_the_doorbell_after_the_epoch():
+    """W5, on the way of one message and of a batch: who rings for an epoch has to ring what it was begun with."""
+    segment = FakeSegment(order=True)
+    writer = Writer(segment)
+    ask(writer, b"claims")
+    for epoch, request in [(1, b"x"), (3, batch([b"x"]))]:
+        segment.poke("reader_parked", epoch)
+        segment.log.clear()
+        ask(writer, request)
+        log = segment.log[segment.log.index("store write_pos") :]
+        assert follows(log, "load reader_parked", "order", "ring reader_bell")
+
+
 @pytest.mark.parametrize("where", ["store messages_in", "fence", "load reader_parked", "ring reader_bell"])
 @pytest.mark.parametrize("request_for", WRITES)
 def test_a_writer_that_is_interrupted_after_publishing_still_rings(request_for, where):

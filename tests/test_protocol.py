@@ -68,6 +68,7 @@ WRITER = """
     W4      fence
     W5      seen = [reader_parked]
             if seen % 2 == 0 or seen == rung: written
+    epoch<doorbell order
     W5      ring [reader_bell]
             rung = seen
     written:
@@ -698,7 +699,7 @@ METHODS = {
     "Parking._steps": "S6 S1 S1<S2 S2",
     "Parking.park": "S3 S4 S5",
     "Parking.arm": "S3 S4",
-    "Writer._ring": "W5",
+    "Writer._ring": "W5 epoch<doorbell",
     "Writer._publish": "W2<W3 W3 W4 W5",
     "Writer._room": "W1 W1<W2 W2",
     "Writer._gather": "W2 W2",
@@ -715,8 +716,8 @@ METHODS = {
 }
 # The ways through them, along their calls, are the ways through the programs.
 WAYS = [
-    # _steps, _room, _steps; or _steps, _room, _write_batch, _publish
-    (WRITER, "C1 W1 W1<W2 W2 W2<W3 W3 W4 W5"),
+    # _steps, _room, _steps, _ring; or _steps, _room, _write_batch, _publish, _ring
+    (WRITER, "C1 W1 W1<W2 W2 W2<W3 W3 W4 W5 epoch<doorbell W5"),
     # _make_good, _look; or _make_good, _steps
     (READER.replace("{made_good}", MADE_GOOD).replace("{looked}", LOOKED), "C1 R1 R1<R2"),
     # _steps, _ring; or _read_one, _free, _ring; or _read_batch, _free, _ring
