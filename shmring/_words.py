@@ -629,6 +629,12 @@ class Writer:
             rung = self._segment.ring(self._segment.layout.readers_offset + _layout.READER_BELL)
             self._rung = epoch if rung else 0  # after it: an exception in between rings twice, which harms nobody
 
+    def _make_good(self) -> None:
+        """C1: the writer before, or this one before an exception, may have ended between W3 and W5."""
+        if self._fence:
+            self._fence()  # the doorbell's state is looked at after what was published
+        self._segment.ring(self._segment.layout.readers_offset + _layout.READER_BELL)
+
     def _publish(self, pos: int, messages: int) -> None:
         """W3 to W5: all before `pos` may be read, `messages` more than before."""
         words = self._segment.words
@@ -758,8 +764,7 @@ class Writer:
         try:
             if self.parking is None:
                 self._claim()
-            # C1: the writer before, or this one before an exception, may have ended between W3 and W5.
-            segment.ring(layout.readers_offset + _layout.READER_BELL)
+            self._make_good()
             fence = self._fence
             write_pos, messages_in, first = self._write_pos, self._messages_in, self._first
             while True:
@@ -812,7 +817,7 @@ class Writer:
         except BaseException:
             # It may have come between W3 and W5. If another one comes here, the next operation does C1.
             if self.parking is not None:
-                segment.ring(layout.readers_offset + _layout.READER_BELL)
+                self._make_good()
             raise
 
 

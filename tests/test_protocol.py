@@ -52,6 +52,7 @@ WRITER = """
             epoch = epoch + 1
             [writer_parked{lane}] = epoch
     begin:
+    C1      fence
     C1      ring [reader_bell]
     known:
             pos = [write_pos{lane}]
@@ -705,7 +706,8 @@ METHODS = {
     "Writer._gather": "W2 W2",
     "Writer._commit": "W2",
     "Writer._write_batch": "W2 W2",
-    "Writer._steps": "C1 W2 W2 W2<W3 W3 W4 W5",
+    "Writer._make_good": "C1",
+    "Writer._steps": "W2 W2 W2<W3 W3 W4 W5",
     "Reader._make_good": "C1",
     "Reader._look": "R1 R1<R2",
     "Reader._free": "R2<R3 R3 R4 R5",
@@ -716,7 +718,7 @@ METHODS = {
 }
 # The ways through them, along their calls, are the ways through the programs.
 WAYS = [
-    # _steps, _room, _steps, _ring; or _steps, _room, _write_batch, _publish, _ring
+    # _make_good, _room, _steps, _ring; or _make_good, _room, _write_batch, _publish, _ring
     (WRITER, "C1 W1 W1<W2 W2 W2<W3 W3 W4 W5 epoch<doorbell W5"),
     # _make_good, _look; or _make_good, _steps
     (READER.replace("{made_good}", MADE_GOOD).replace("{looked}", LOOKED), "C1 R1 R1<R2"),
