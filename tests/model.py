@@ -10,6 +10,9 @@ A program is text, a step a line, with the labels of the diagram in `_words.py` 
     set [event]           let one through who waits, else the next one who will
     x = take [a] [b]      wait for one of these events and reset it, in one call: the first one if both are set;
                           x says which, 1 or 2, or 0 after an early return. ``reset [event]`` does no more than that
+    fill [fifo]           make it readable, and let all through who wait; ``wait [fifo] 0`` waits until it is, and
+                          ``wait [a] [b] 0`` until one of them is
+    x = reset [fifo]      make it unreadable; x says whether it was readable
     claim role            wait until nobody alive has it, and take it; ``release role``
     lock m, unlock m      a monitor that two threads of one handle share
     note x = y            say something to the checker, or to the handle's other thread within a monitor
@@ -62,7 +65,7 @@ FORMS = {
     "goto": r"goto (?P<target>\w+)",
     "ring": r"ring \[(?P<cell>\w+)\]",
     "wake": r"wake \[(?P<cell>\w+)\]",
-    "wait": r"wait \[(?P<cell>\w+)\] (?P<value>.+)",
+    "wait": r"wait \[(?P<cell>\w+)\](?: \[(?P<second>\w+)\])? (?P<value>.+)",
     "claim": r"claim (?P<cell>\w+)",
     "check": r"check (?P<value>.+)",
     "lock": r"lock (?P<cell>\w+)",
@@ -71,7 +74,8 @@ FORMS = {
     "membarrier": "membarrier",
     "end": "end",
     "signal": r"set \[(?P<cell>\w+)\]",
-    "reset": r"reset \[(?P<cell>\w+)\]",
+    "reset": r"(?:(?P<reg>\w+) = )?reset \[(?P<cell>\w+)\]",
+    "fill": r"fill \[(?P<cell>\w+)(?: \+ (?P<index>.+))?\]",
     "take": r"(?:(?P<reg>\w+) = )?take \[(?P<cell>\w+)\](?: \[(?P<second>\w+)\])?",
     "release": r"release (?P<cell>\w+)",
     "share": r"share (?P<cell>\w+) = (?P<value>.+)",
@@ -80,7 +84,7 @@ FORMS = {
 }
 LOCAL = {"note", "if", "goto", "check", "set"}  # nobody else can tell when these happen, so they take no time
 # These wait for an empty window.
-DRAINED = {"ring", "wake", "wait", "signal", "reset", "take", "claim", "release", "fence", "membarrier", "end"}
+DRAINED = {"ring", "wake", "fill", "wait", "signal", "reset", "take", "claim", "release", "fence", "membarrier", "end"}
 
 
 class Line(NamedTuple):
@@ -293,7 +297,7 @@ class Model:
         elif kind == "end":
             yield self._with(procs, i, (pc, ENDED, 0, regs, ())), mem
             return
-        elif kind == "wait" and mem[step.cell] == step.value(regs, mem):
+        elif kind == "wait" and all(mem[cell] == step.value(regs, mem) for cell in step.cells):
             yield self._with(procs, i, (pc, ASLEEP, step.cells, regs, ())), mem
             return
         elif kind == "take":
@@ -314,6 +318,8 @@ class Model:
                 return
             mem = self._put(mem, step.cell, 1)
         elif kind in ("reset", "release"):
+            if step.reg >= 0:
+                regs = self._with(regs, step.reg, mem[step.cell])
             mem = self._put(mem, step.cell, 0)
         elif kind == "claim":
             holder = mem[step.cell]
@@ -329,11 +335,12 @@ class Model:
                 if others:
                     yield self._with(procs, i, (pc, RUNNING, 1 + others, regs, ())), mem
                     return
-        elif kind in ("ring", "wake"):
-            if kind == "ring":
-                mem = self._put(mem, step.cell, mem[step.cell] + 1)
+        elif kind in ("ring", "wake", "fill"):
+            cell = step.cell + (step.index(regs, mem) if step.index else 0)
+            if kind != "wake":
+                mem = self._put(mem, cell, 1 if kind == "fill" else mem[cell] + 1)
             for j, other in enumerate(procs):
-                if other[1] == ASLEEP and step.cell in other[2]:
+                if other[1] == ASLEEP and cell in other[2]:
                     woken, mem = self._wake(j, other, mem)
                     procs = self._with(procs, j, woken)
         after, mem = self._go_on(i, pc + 1, regs, mem, window)

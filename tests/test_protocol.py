@@ -4,8 +4,9 @@ The programs below have a step for each access to a shared word on a message's w
 under the code's labels, which is checked against the source. `model.py` explains how they run, and what "lost"
 means. Left out are the counters of messages and parks, and the framing: a position is a number of
 messages, a record a word. A bell is a futex in them; where it is an event (Windows), `with_events` says what a
-program does instead. The run of a failed test shows the shortest way to the loss; so does ``-s`` for
-the losses that are meant to be found.
+program does instead. A doorbell is a FIFO that is readable or not; the programs that have one, or ring it too, are
+those of `reader` and `writer` with other parts. The run of a failed test shows the shortest way to the loss; so does
+``-s`` for the losses that are meant to be found.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if WINDOWS:
 
 SOURCE = (ROOT / "shmring" / "_words.py").read_text()
 EVENTS_SOURCE = (ROOT / "shmring" / "_windows.py").read_text()
+DOORBELL_SOURCES = [SOURCE, *((ROOT / "shmring" / name).read_text() for name in ("_posix.py", "_loop.py", "_linux.py"))]
 
 # ---------------------------------------------------------------- the programs
 
@@ -269,6 +271,167 @@ CLOSER = """
             end
 """
 
+# A waker's ring, where there may be a doorbell: one call in the programs above, of which each step counts here. `told`
+# is what it returns.
+RING = """
+            told = 1
+    {label}      door = [{me}_doorbell{lane}]
+            if door % 2 == 0: bell_{mark}
+            {tell}
+    told_{mark}:
+            if door & 2: rung_{mark}
+    bell_{mark}:
+    {label}      ring [{me}_bell{lane}]
+    rung_{mark}:
+"""
+TELLS = "{label}      fill [doorbell]"
+# It knows which FIFO was there under the number that it saw last. What has no name any more has nobody who waits.
+TELLS_BY_NUMBER = """
+            if door // 4 == number: there_{mark}
+            fence
+            at = shared path
+            if at == 0: told_{mark}
+            number = door // 4
+            fifo = at
+    there_{mark}:
+    {label}      fill [doorbell + fifo]
+"""
+# There is no descriptor left for it, but for the last message.
+TELLS_THE_LAST = """
+            told = left == 1
+            if told == 0: told_{mark}
+    {label}      fill [doorbell]
+"""
+
+# The doorbell, a sleeper that does not note the bell. S5 is the selector's, or the loop's.
+EPOCH = """
+            {announce}
+            state = state | 3
+            [{me}_doorbell{lane}] = state
+    S1<S2   order
+            epoch = epoch + 1 | 1
+    S2      [{me}_parked{lane}] = epoch
+    S3      membarrier
+"""
+BY_HAND = """
+            before = armed
+            armed = 0
+            rung = reset [{fifo}]
+            if before == {needs} and rung == 0: still
+            {epoch}
+    still:
+            armed = {needs}
+            {look}
+    S5      wait [{fifo}] 0
+            goto next
+    awake:
+            if rung == 0: next
+            fill [{fifo}]
+            goto next
+"""
+IN_A_LOOP = """
+            quick = 0
+            before = armed
+            armed = 0
+            if before == {needs}: still
+            {epoch}
+    still:
+            armed = {needs}
+            {look}
+    S5      wait [{fifo}] 0
+            armed = 0
+            reset [{fifo}]
+            armed = 0
+    awake:
+            goto next
+"""
+ATTACH = """
+            if attached: next
+            fence
+            share path = {inode}
+            reset [{fifo}]
+            state = [{me}_doorbell{lane}]
+            state = (state // 4 + 1) * 4 + 1
+            [{me}_doorbell{lane}] = state
+            attached = 1
+    next:
+"""
+DETACHED = """
+            state = [reader_doorbell]
+            state = state // 4 * 4
+            [reader_doorbell] = state
+"""
+# A task that had not to wait lately is not to be told.
+STREAM = """
+            quick = quick + 1
+            if quick != 2: busy
+            armed = 0
+            epoch = epoch + epoch % 2
+    S6      [reader_parked] = epoch
+            armed = 0
+    busy:
+"""
+CLOSES_ITS_OWN = """
+    leave:
+            epoch = epoch + epoch % 2
+    S6      [reader_parked] = epoch
+            {detached}
+            fence
+            share path = 0
+            release reader
+            end
+"""
+# A thread of a handle whose other thread sleeps on the bell, or waits for the doorbell too: what is said of it
+# outside of the monitors is shared.
+DOORBELL_THREAD = """
+            {put_down}
+            token_then = shared token
+            before = shared armed
+            share armed = 0
+            rung = {heard}
+            if before == token_then and rung == 0: still
+            lock parking
+            note needs{doorbell} = 1
+            {announce}
+    S1<S2   order
+            note its_epoch = its_epoch + 1 | 1
+    S2      [reader_parked] = its_epoch
+            unlock parking
+    S3      membarrier
+    still:
+            share armed = token_then
+            {look}
+    S5      wait [doorbell]{told} 0
+            {hear}
+            goto next
+    awake:
+            {has_looked}
+            goto next
+"""
+FOUND_BY_HAND = """
+            if rung == 0: next
+            fill [doorbell]
+"""
+HEAR = """
+            readable = shared doorbell
+            if readable == 0: next
+            share token = token + 1
+            reset [doorbell]
+            share token = token + 1
+            {wake}
+"""
+# A loop has the tasks of the others try again.
+WAKE = """
+            there = shared down{other}
+            if there == 0: next
+            share down{other} = 0
+            fill [told{other}]
+"""
+PUT_DOWN = """
+            reset [told{thread}]
+            share down{thread} = 1
+"""
+
 
 def fill(program, **parts):
     for name, part in parts.items():
@@ -337,6 +500,80 @@ def closable(program):
     """
 
 
+def rings(program, tell=TELLS):
+    """A program that rings a doorbell too where the word beside a bell says so."""
+    program = re.sub(
+        r"^ *(\w\d) +ring \[(\w+)_bell(\d?)\]\n",
+        lambda match: fill(
+            fill(RING, tell=tell), label=match[1], me=match[2], lane=match[3], mark=f"{match[1]}_{match[2]}{match[3]}"
+        ),
+        program,
+        flags=re.M,
+    )
+    return re.sub(r"(rung\d?) = seen", r"\1 = seen if told else 0", program)
+
+
+def with_doorbell(program, park, me="reader", lane="", needs=1, announce="", fifo="doorbell", inode=1):
+    """A program of `reader` or `writer` that has a doorbell before it first looks, and waits for that."""
+    parts = {"me": me, "lane": lane, "needs": needs, "announce": announce, "fifo": fifo, "inode": inode}
+    look = re.search(r"S3 +membarrier\n((?:.*\n)*?) *S5 ", program)[1]
+    begin, end = program.index("park:"), program.index("    leave:")
+    wanted = re.search(r" *wanted = pos.*\n", program[begin:end])
+    park = (wanted[0] if wanted else "") + fill(park, epoch=EPOCH, look=look)
+    program = program[:begin] + "park:\n" + fill(park, **parts) + program[end:]
+    return program.replace("    next:\n", fill(ATTACH, **parts), 1)
+
+
+def interrupted(program):
+    """Exceptions may also come while it arms its doorbell and waits for it."""
+    handler = re.search(r" *except:\n.*\n.*\n", program)[0]
+    return program.replace(handler, "").replace("    leave:\n", handler + "    leave:\n")
+
+
+def streams(program):
+    """A task that does not wait for each message."""
+    return program.replace("    next:\n", "    next:\n" + STREAM)
+
+
+def closes(program):
+    """A reader that closes its handle at its end."""
+    return program.replace("    leave:\n            end\n", fill(CLOSES_ITS_OWN, detached=DETACHED))
+
+
+def succeeds(program):
+    """A reader that claims: the one before it may have had a doorbell."""
+    return program.replace("    begin:\n", "    even:\n" + DETACHED + "begin:\n", 1).replace(": begin", ": even", 1)
+
+
+def parked_thread():
+    """One of two threads, which sleeps on the bell: then the doorbell is not alone."""
+    return reading_thread(0).replace("note needs0 = 1\n", f"note needs0 = 1\n{ALONE_OR_NOT}\n", 1)
+
+
+def doorbell_thread(doorbell=1, **parts):
+    """One of two threads that waits for the doorbell: by hand, if nothing else is said."""
+    program = reading_thread(0)
+    look = re.search(r"S3 +membarrier\n((?:.*\n)*?) *S5 ", program)[1]
+    parts = {
+        "put_down": "", "heard": "reset [doorbell]", "told": "", "hear": "", "has_looked": FOUND_BY_HAND,
+        "announce": ALONE_OR_NOT, **parts,
+    }  # fmt: skip
+    park = fill(DOORBELL_THREAD, look=look, doorbell=doorbell, **parts)
+    return program[: program.index("lock parking")] + park.lstrip()
+
+
+def task(thread):
+    """One of two threads with a loop each, in which a task waits."""
+    wake = fill(WAKE, other=1 - thread)
+    return doorbell_thread(
+        0, heard="0", announce="[reader_doorbell] = 7", put_down=fill(PUT_DOWN, thread=thread), told=f" [told{thread}]",
+        hear=fill(HEAR, wake=wake), has_looked=wake,
+    )  # fmt: skip
+
+
+ALONE_OR_NOT = "[reader_doorbell] = 5 if needs0 else 7"
+
+
 class Scenario(NamedTuple):
     """Who does what, on which memory at first, and what may happen to them."""
 
@@ -358,6 +595,8 @@ def scenario(programs, lanes=1, capacity=1, start=None, **events):
 def with_events(program):
     """The same program where bells are events. `noted` is the handle's own then, and for its threads only."""
     program = program.replace("membarrier", "fence").replace("ring [", "set [")
+    # An event that is a doorbell is a level as well, but to hear it takes two calls.
+    program = re.sub(r"rung = reset (\[(\w+)\])", r"rung = shared \2\nif rung == 0: unset\nreset \1\nunset:", program)
     thread = re.search(r"note needs(\d) = 0", program)
     if "alarm" in program:
         return program  # it has them
@@ -431,6 +670,69 @@ EVENTS_ONLY = {
     CLOSES: scenario(CLOSING, capacity=2, start={"reader": 1, "thread": 1}),
 }
 SCENARIOS.update(EVENTS_ONLY)
+HAND, LOOP = with_doorbell(reader(), BY_HAND), with_doorbell(reader(), IN_A_LOOP)
+HAND_OF_TWO = with_doorbell(reader(capacity=2), BY_HAND)
+TWO_LANES = with_doorbell(reader(lanes=2, known=2), BY_HAND)
+FIRST = with_doorbell(reader(), BY_HAND, fifo="doorbell1")
+WRITES_BY_NUMBER = rings(writer(2), TELLS_BY_NUMBER)
+WRITES_IN_A_LOOP = with_doorbell(
+    writer(2), IN_A_LOOP, "writer", 0, "wanted", "[writer_wanted0] = wanted", "doorbell"
+)
+FIFOS = {"doorbell": 0, "doorbell1": 0, "doorbell2": 0}
+WRITES_TWO = rings(writer(2, capacity=2))
+WITH_A_THREAD = {"writer0": WRITES_TWO, "reader a": parked_thread(), "reader b": doorbell_thread()}
+ATTACHED = {"reader_doorbell": 5, "token": 1}
+ALONE = "[reader_doorbell] = 7"
+TWO_BY_HAND = {
+    "writer0": WRITES_TWO,
+    "reader a": doorbell_thread(0, announce=ALONE),
+    "reader b": doorbell_thread(0, announce=ALONE),
+}
+TWO_LOOPS = {"writer0": WRITES_TWO, "reader a": task(0), "reader b": task(1)}
+DOORBELLS = {
+    "two threads wait for a doorbell, in loops": scenario(TWO_LOOPS, capacity=2, start=ATTACHED),
+    "two threads wait for a doorbell, by hand": scenario(TWO_BY_HAND, capacity=2, start=ATTACHED),
+    "a doorbell by hand": scenario({"writer0": rings(writer(2)), "reader": HAND}, early=1),
+    "a doorbell by hand, and one of both dies": scenario({"writer0": rings(writer(2)), "reader": HAND}, halts=1),
+    "a doorbell by hand, and an exception": scenario(
+        {"writer0": rings(writer(2)), "reader": interrupted(HAND)}, raises=1
+    ),
+    "a doorbell and two writers, and one dies": scenario(
+        {"writer0": rings(writer()), "writer1": rings(writer(lane=1)), "reader": TWO_LANES},
+        2, start=BOTH_USED, halts=1, mortal=["writer0", "writer1"],
+    ),
+    "a doorbell in a loop": scenario({"writer0": rings(writer(2)), "reader": LOOP}, early=1),
+    "a doorbell in a loop, and an exception": scenario(
+        {"writer0": rings(writer(2)), "reader": interrupted(LOOP)}, raises=1
+    ),
+    "a doorbell in a loop with a stream": scenario({"writer0": rings(writer(2)), "reader": streams(LOOP)}),
+    "a doorbell and a thread that sleeps": scenario(WITH_A_THREAD, capacity=2, start=ATTACHED),
+    "a reader comes after a dead one with a doorbell": scenario(
+        {"writer0": rings(writer(), TELLS_BY_NUMBER), "reader": FIRST, "reader b": succeeds(reader(claims=True))},
+        start=FIFOS, halts=1, mortal=["reader"],
+    ),
+    "a reader comes after a dead one, both with a doorbell": scenario(
+        {"writer0": rings(writer(), TELLS_BY_NUMBER), "reader": FIRST,
+         "reader b": succeeds(with_doorbell(reader(claims=True), BY_HAND, fifo="doorbell1"))},
+        start=FIFOS, halts=1, mortal=["reader"],
+    ),
+    "a reader closes, and the next one has a doorbell of its own": scenario(
+        {"writer0": WRITES_BY_NUMBER, "reader": closes(with_doorbell(reader(1), BY_HAND, fifo="doorbell1")),
+         "reader b": succeeds(with_doorbell(reader(claims=True), BY_HAND, fifo="doorbell2", inode=2))},
+        start=FIFOS,
+    ),
+    "a doorbell that cannot be opened for a while": scenario(
+        {"writer0": rings(writer(2, capacity=2), TELLS_THE_LAST), "reader": HAND_OF_TWO}, capacity=2
+    ),
+    "a doorbell of a writer": scenario({"writer0": WRITES_IN_A_LOOP, "reader": rings(reader())}, early=1),
+}  # fmt: skip
+SCENARIOS.update(DOORBELLS)
+LONG["two threads wait for a doorbell, in loops"] = DOORBELLS["two threads wait for a doorbell, in loops"]
+SLOW_DOORBELLS = {  # where not each fences for itself, or on "free" memory
+    "two threads wait for a doorbell, by hand", "a doorbell by hand, and an exception",
+    "a doorbell in a loop, and an exception", "a doorbell and a thread that sleeps",
+    "a reader closes, and the next one has a doorbell of its own",
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------- nothing is lost
@@ -461,6 +763,13 @@ def case(*what, stress=False):
     return pytest.param(*what, id=", ".join(names), marks=[pytest.mark.stress] * stress)
 
 
+def takes_long(name, memory, mode):
+    if name in DOORBELLS:
+        other = memory == "free" or mode is not FENCES
+        return name in LONG or name in SLOW_DOORBELLS and other or memory == "free" and mode is not FENCES
+    return name in LONG or memory == "free" and name in SLOW[mode]
+
+
 def explore(name, memory, mode, edit=None):
     """Run a scenario, with programs that `edit` has changed."""
     scenario = SCENARIOS[name]
@@ -477,7 +786,7 @@ def explore(name, memory, mode, edit=None):
 @pytest.mark.parametrize(
     ("name", "memory", "mode"),
     [
-        case(name, memory, mode, stress=name in LONG or memory == "free" and name in SLOW[mode])
+        case(name, memory, mode, stress=takes_long(name, memory, mode))
         for name in SCENARIOS
         for memory in ("tso", "free")
         for mode in ([EVENTS] if name in EVENTS_ONLY else MODES)
@@ -486,7 +795,7 @@ def explore(name, memory, mode, edit=None):
 def test_nothing_is_lost(name, memory, mode):
     """In no interleaving is a message unread or room unused while the side concerned sleeps, nor a message torn."""
     result = explore(name, memory, mode)
-    assert not result.loss and result.states > 1000
+    assert not result.loss and result.states > 500
 
 
 # ---------------------------------------------------------------- what is lost without each part
@@ -655,16 +964,65 @@ LOSSES = [
     EventLoss("the role is free before the threads know", of_events(*ROLE_FIRST, "closer"), CLOSES),
 ]
 
+# Of doorbells. One kind of fences will do, but where it is said otherwise.
+HELD, LOOPED = "a doorbell by hand", "a doorbell in a loop"
+EXCEPTION = "a doorbell by hand, and an exception"
+STREAMED = "a doorbell in a loop with a stream"
+THREADED = "a doorbell and a thread that sleeps"
+SUCCEEDED = "a reader comes after a dead one with a doorbell"
+ANOTHER = "a reader closes, and the next one has a doorbell of its own"
+UNOPENED = "a doorbell that cannot be opened for a while"
+TWO_WAIT, TWO_LOOP = "two threads wait for a doorbell, by hand", "two threads wait for a doorbell, in loops"
+
+
+def of_reader(pattern, replacement):
+    return editing("reader")(lambda program: re.sub(pattern, replacement, program))
+
+
+KEEPS_EPOCH = r"armed = 0\n( *reset .doorbell.\n) *armed = 0\n", r"\1"
+STAYS_ARMED = r"( *if quick != 2: busy\n) *armed = 0\n((?:.*\n){2}) *armed = 0\n", r"\1\2"
+HEARS_LATE = r"( *S5 .*\n *armed = 0\n)( *reset \[doorbell\]\n)", r"\2\1"
+TOLD_LATE = r"( *\[reader_doorbell\] = [57].*\n)((?:.*\n)*? *S2 .*\n)", r"\2\1"
+PUT_DOWN_LATE = r"( *reset \[told\d\]\n *share down\d = 1\n)((?:.*\n)*?)( *S5 )", r"\2\1\3"
+BellLoss = partial(Loss, modes=(FENCES,), also_on_free=False)
+LOSSES += [
+    BellLoss("no byte for the doorbell", change("fill [doorbell]", "reset [another]", "writer"), HELD, modes=MODES),
+    BellLoss("the doorbell is heard after S4", move("rung = reset", "S5", "reader"), HELD, modes=FUTEXES),
+    BellLoss("the doorbell is heard after S2", move("rung = reset", "S3", "reader"), HELD, modes=FUTEXES),
+    BellLoss("no S3 of the doorbell", cut("S3", "reader"), HELD, modes=MODES),
+    BellLoss("no S4 of the doorbell", cut("S4", "reader"), HELD, modes=MODES),
+    BellLoss("it was rung, and no epoch is begun", change(" and rung == 0: still", ": still", "reader"), HELD),
+    BellLoss("it counts as armed meanwhile", of_reader(r"armed = 0\n( *rung = )", r"\1"), EXCEPTION),
+    BellLoss("no order epoch<doorbell", cut("epoch<doorbell"), HELD, "free", modes=MODES),
+    BellLoss("no fence in the writer's C1", change("C1      fence", "", "writer"), EXCEPTION),
+    BellLoss("the loop hears after S4", of_reader(*HEARS_LATE), LOOPED),
+    BellLoss("hearing ends no epoch", of_reader(*KEEPS_EPOCH), LOOPED),
+    BellLoss("it stays armed when its epoch is ended", of_reader(*STAYS_ARMED), STREAMED),
+    BellLoss("alone, although a thread sleeps", change("5 if needs0 else 7", "7", "reader"), THREADED),
+    BellLoss("it is told after S2 that it is not alone", of_reader(*TOLD_LATE), THREADED),
+    BellLoss("S6 by a thread, with a doorbell", lambda name, text: ALL_HAVE_LEFT.sub("", text), THREADED),
+    BellLoss("who heard and found something keeps it", change(FOUND_BY_HAND, "", "reader"), TWO_WAIT),
+    BellLoss("who hears wakes no other loop's tasks", change("fill [told", "fill [another", "reader"), TWO_LOOP),
+    BellLoss("a task is put down after it is armed", of_reader(*PUT_DOWN_LATE), TWO_LOOP),
+    BellLoss("hearing changes no token", of_reader(r" *share token = token \+ 1\n", ""), TWO_LOOP),
+    BellLoss("the next reader has the same number", change("state // 4 + 1", "state // 4", "reader b"), ANOTHER),
+    BellLoss("what is said of a doorbell outlives it", change(DETACHED, "", "reader b"), SUCCEEDED),
+    BellLoss("it counts as rung although it was not", change("seen if told else 0", "seen", "writer"), UNOPENED),
+]
+
 
 @pytest.mark.parametrize(
     ("loss", "memory", "mode"),
     [
-        case(loss, memory, mode, stress=memory != loss.memory or mode is EVENTS and loss.modes is MODES)
+        case(
+            loss, memory, mode,
+            stress=memory != loss.memory or mode is EVENTS and loss.modes is MODES or loss.scenario == TWO_LOOP,
+        )
         for loss in LOSSES
         for memory in sorted({loss.memory, "free" if loss.also_on_free else loss.memory})
         for mode in loss.modes
     ],
-)
+)  # fmt: skip
 def test_the_checker_finds_what_is_lost(loss, memory, mode):
     """Every part of the protocol is needed: a message, room, or a message's bytes are lost without it."""
     assert explore(loss.scenario, memory, mode, loss.edit).loss
@@ -679,13 +1037,20 @@ SPARE = [
     EventLoss("no order before S2 of the writer", cut("S1<S2", "writer"), "a long message", "free"),
     Loss("no order epoch<wanted, one thread", cut("epoch<wanted"), "a long message", "free"),
     Loss("wanted after the order", move(r"\[writer_wanted0\]", "note its_epoch", "w"), "a long message", "free"),
+    # To wait again a writer wants more than before, which is another epoch.
+    BellLoss("no order epoch<wanted, with a doorbell", cut("epoch<wanted"), "a doorbell of a writer", "free"),
+    BellLoss("one new token where a loop hears", of_reader(r"( *reset \[doorbell\]\n) *share .*\n", r"\1"), TWO_LOOP),
     Loss("rung before the ring", change(RING_AND_REMEMBER, REMEMBER_AND_RING, "writer"), "an exception in a writer"),
 ]
 
 
 @pytest.mark.parametrize(
     ("spare", "mode"),
-    [case(spare, mode, stress=spare.memory == "free") for spare in SPARE for mode in spare.modes],
+    [
+        case(spare, mode, stress=spare.memory == "free" or spare.scenario == TWO_LOOP)
+        for spare in SPARE
+        for mode in spare.modes
+    ],
 )
 def test_what_is_there_for_good_measure(spare, mode):
     """Without it nothing is lost either. A failure says that a change made it needed."""
@@ -784,10 +1149,13 @@ def accesses(node):
     return [what for _, _, what in sorted(found)]
 
 
+FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
+
+
 def methods(source):
     """The name and the tree of each method."""
     classes = [part for part in ast.parse(source).body if isinstance(part, ast.ClassDef)]
-    return {f"{c.name}.{f.name}": f for c in classes for f in c.body if isinstance(f, ast.FunctionDef)}
+    return {f"{c.name}.{f.name}": f for c in classes for f in c.body if isinstance(f, FUNCTIONS)}
 
 
 def labelled(source):
@@ -883,6 +1251,79 @@ def test_the_events_code_has_the_steps_of_the_programs():
         assert [text.count(step) for step in steps] == [1] * len(steps), name
     for name, call in EVENT_CALLS.items():
         assert call in ast.unparse(found[name]), name
+
+
+# What the programs with a doorbell say, in the methods that have it: each of these as often as here, in this order.
+NEW = "self._token = object()"
+DOORBELL_STEPS = {
+    "Parking.__init__": ["_make_even(segment.words, self._parked)", "segment.words[self._state] = "],  # DETACHED
+    "Parking._steps": [
+        "doorbell = self._segment.doorbell(self._bell)",  # ATTACH
+        "doorbell.heard()",
+        "words[state] = (words[state] >> 2) + 1 << 2 & WORD | _layout.ATTACHED",
+        "words[self._wanted] = ",  # EPOCH
+        "if len(sleepers) == 1 and self.doorbell in sleepers",
+        "words[state] = words[state] & ~_layout.ALONE & WORD | alone",
+        "order()",
+        "words[parked] = ",
+    ],
+    "Parking.arm": [  # BY_HAND, IN_A_LOOP, DOORBELL_THREAD
+        "token = self._token",
+        "armed, self._armed = (self._armed, (-1, None))",
+        "rung = doorbell.heard() if heard is None else heard",
+        "if rung or armed != (needs, token)",
+        "self._monitor.enter((doorbell, needs))",
+        "self._segment.sleeper_fence()",
+        "self._armed = (needs, token)",
+        "if nothing()",
+        "return True",
+        "if rung:",
+        "doorbell.ring()",
+    ],
+    "Parking.hear": [NEW, "try:", "self.doorbell.heard()", "finally:", NEW],  # HEAR
+    "Parking.disarm": [NEW, "try:", "self._monitor.enter((self.doorbell, None))", "finally:", NEW],  # STREAM
+    "Parking.close": [  # CLOSES_ITS_OWN
+        "self._sleepers.clear()",
+        "self._monitor.enter((None, None))",
+        "self._segment.words[self._state] = ",
+        "self.doorbell.remove()",
+    ],
+    "Reader.close": ["self.parking.close()", "self._segment.release(_layout.READER)"],
+    "Writer._ring": ["rung = self._segment.ring(", "self._rung = epoch if rung else 0"],  # RING
+    "Segment.ring": [
+        "state = self.words[bell + _layout.DOORBELL >> 3]",
+        "if state & _layout.ATTACHED:",
+        "rung = self._doorbells.ring(bell, state >> 2, ",
+        "if state & _layout.ALONE:",
+        "return rung",
+        "_quick(_FUTEX, ",
+        "return rung",
+    ],
+    "Doorbells.ring": [  # TELLS_BY_NUMBER, TELLS_THE_LAST
+        "known != number or (not doorbell.ring())",
+        "doorbell = Doorbell(*where(bell))",
+        "return error.errno not in ",
+        "self._open[bell] = (number, doorbell)",
+    ],
+    "Watch.wait": [  # PUT_DOWN, WAKE
+        "self._waiting.append(entry)",
+        "if not self._parking.arm(",
+        "self._wake()",
+        "await future",
+    ],
+    "Watch._heard": ["self._parking.hear()", "finally:", "self._wake("],
+}
+
+
+def test_the_doorbells_code_has_the_steps_of_the_programs():
+    """In the methods that the programs with a doorbell were made from."""
+    found = {}
+    for source in DOORBELL_SOURCES:
+        found.update(methods(source))
+    for name, steps in DOORBELL_STEPS.items():
+        text = ast.unparse(found[name])
+        assert re.search(".*".join(map(re.escape, steps)), text, re.DOTALL), name
+        assert [text.count(step) for step in steps] == [steps.count(step) for step in steps], name
 
 
 PLANTED = [
