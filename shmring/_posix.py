@@ -55,6 +55,10 @@ class Doorbell:
     last reference, or by `close`.
     """
 
+    # Here for `close` of one that an exception kept from being whole.
+    _noted: list[int] = []  # its descriptor
+    _identity: tuple[int, int] | None = None  # of the file, once it is known
+
     def __init__(
         self, path: str, trusts: Callable[[os.stat_result], bool], mode: int | None = None, uid: int = -1, gid: int = -1
     ) -> None:
@@ -69,7 +73,7 @@ class Doorbell:
                 os.mkfifo(path, mode)
         fd = note_open(self._noted, path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
         status = os.fstat(fd)
-        self._device, self._inode = status.st_dev, status.st_ino
+        self._identity = status.st_dev, status.st_ino
         if not stat.S_ISFIFO(status.st_mode) or not trusts(status):
             what = f"{path} is to be a FIFO of a user who may be trusted; it is left alone"
             raise PermissionError(errno.EPERM, what, path)
@@ -92,7 +96,7 @@ class Doorbell:
 
     def is_open(self) -> bool:
         """Has nobody closed it?"""
-        return bool(self._noted) and is_of(self._noted[0], (self._device, self._inode))
+        return bool(self._noted) and is_of(self._noted[0], self._identity)
 
     def ring(self) -> bool:
         """Make it readable; False if somebody closed it."""
@@ -119,7 +123,7 @@ class Doorbell:
     def close(self) -> None:
         """Close it. Its name stays."""
         while self._noted:
-            ours = self.is_open()
+            ours = self._identity is None or self.is_open()  # nobody else can have it before
             fd = self._noted.pop()
             if ours:
                 os.close(fd)

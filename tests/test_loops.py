@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import DEADLINE, KILLED, WINDOWS, segments, wait_until
+from conftest import DEADLINE, KILLED, WINDOWS, descriptors, segments, wait_until
 from support import DARWIN, kill_yourself
 
 from shmring import Doorbell, Ring, RingBusy, RingClosed, RingTimeout, _layout, unlink
@@ -25,6 +25,8 @@ from shmring._loop import BUSY
 
 with contextlib.suppress(ImportError):
     import fcntl
+
+    from shmring import _posix
 
 ON_LINUX = sys.platform == "linux" and not DARWIN
 needs_selectors = pytest.mark.skipif(WINDOWS, reason="selectors wait for nothing but sockets here")
@@ -904,6 +906,23 @@ def test_a_descriptor_that_has_become_a_strangers_is_left_alone(ring):
     os.close(writing)
     for fd in {end, number}:
         os.close(fd)  # not closed by the handle
+
+
+@needs_fifos
+def test_an_exception_as_soon_as_a_doorbell_is_open_leaves_no_descriptor(ring, monkeypatch):
+    """A signal handler's, before it is known which file that is."""
+    before = descriptors()
+    place = ring._segment._doorbell_place(0)
+
+    def interrupted(_):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_posix.os, "fstat", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _posix.Doorbell(*place, 0o600)
+    gc.collect()
+    assert descriptors() == before
 
 
 def test_a_handle_that_another_thread_closes_before_a_task_sleeps_is_closed(ring):
