@@ -124,9 +124,10 @@ class Doorbell:
         """Close it. Its name stays."""
         while self._noted:
             ours = self._identity is None or self.is_open()  # nobody else can have it before
-            fd = self._noted.pop()
             if ours:
-                os.close(fd)
+                any(map(os.close, map(self._noted.pop, [0])))  # in one call in C, as it was noted
+            else:
+                self._noted.pop()
 
     __del__ = close
 
