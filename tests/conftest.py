@@ -29,11 +29,12 @@ _numbers = itertools.count()
 
 
 def segments():
-    """The names of the files of this run's rings: other programs have theirs. Windows has no files."""
+    """The names of the files of this run's rings and doorbells: other programs have theirs. Windows has no files."""
     if WINDOWS:
         return set()
     played = sys.modules["darwin_on_linux"].left() if "darwin_on_linux" in sys.modules else set()
-    return played | {entry for entry in os.listdir("/dev/shm") if entry.startswith(f"shmring.test-{os.getpid()}-")}
+    ours = f"shmring.test-{os.getpid()}-", f"shmbell.test-{os.getpid()}-"
+    return played | {entry for entry in os.listdir("/dev/shm") if entry.startswith(ours)}
 
 
 def namespaces(*flags):

@@ -177,6 +177,14 @@ class Actor:
                 room.commit(size)
         self.note(f"ack {which}")
 
+    async def write_async(self, size=40):
+        (data,), which = self._try(size)
+        await self.ring.write_async(data)
+        self.note(f"ack {which}")
+
+    async def read_async(self):
+        self.took(await self.ring.read_async())
+
     def fill(self, size):
         while self.try_write(size):
             pass
@@ -209,6 +217,14 @@ class Actor:
         if data is not None:
             self.took(data)
         return data
+
+    def read_when_rung(self):
+        """As an event loop does it: take what is there, and wait for the doorbell when there is nothing."""
+        while True:
+            data = self.try_read()
+            if data is not None:
+                return data
+            select.select([self.ring], [], [])
 
     def read_many(self, most=None):
         self.took(*self.ring.read_many(most))
@@ -497,6 +513,7 @@ class Stage:
         segment = self.holder._segment
         self.close()
         assert not is_there(segment), "somebody who is gone still has the ring open"
+        assert not doorbells(self.name), "a doorbell is left although nobody has the ring open"
 
     def close(self):
         for actor in self._actors:
@@ -512,6 +529,13 @@ def is_there(segment):
     if WINDOWS:
         return os_backend._exists(segment._of("present"))
     return os.path.exists(os_backend._path(segment.name))
+
+
+def doorbells(name):
+    """The FIFOs beside Linux's rings of this name."""
+    if not hasattr(os_backend, "DOORBELLS"):
+        return []
+    return [entry for entry in os.listdir(os_backend.DIRECTORY) if entry.startswith(f"{os_backend.DOORBELLS}{name}.")]
 
 
 THOUSAND = [[message(tag, number, size) for number in range(500)] for tag, size in (("s", 16), ("l", 60))]

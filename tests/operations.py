@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 
 from harness import Case, Stage, main, message  # noqa: F401 - `main` is called by who starts it
-from support import wait_until
+from support import WINDOWS, wait_until
 
 from shmring import Ring, RingBusy, unlink
 
@@ -414,6 +415,140 @@ class BlockedReadMany(BlockedRead):
         me.read_many()
 
 
+# ---------------------------------------------------------------- doorbells
+
+
+class WriteRingsDoorbell(WriteFindsSleeper):
+    """The reader waits for its doorbell. Killed or stopped before it has rung, another writer's message is heard."""
+
+    def ready(self, stage):
+        reader = stage.actor("z")
+        reader.ring.attach_doorbell()
+
+        def read_to_the_end():
+            while len(reader.read_when_rung()) != 99:
+                pass
+            reader.close()
+
+        stage.sleeper(read_to_the_end)
+
+
+class WriteManyRingsDoorbell(WriteRingsDoorbell):
+    """The same with a batch."""
+
+    def operate(self, me):
+        me.write_many(40, 16, 40)
+
+
+class FirstWriteRingsDoorbell(WriteRingsDoorbell):
+    """The same with the claim, which opens the doorbell and rings it."""
+
+    role = None
+
+    def prepare(self, me):
+        me.open()
+
+
+class AttachDoorbell(Reading):
+    """Attached and armed, it rings for what comes. Killed, it leaves a FIFO: the next one's, or gone with the ring."""
+
+    role = None
+
+    def prepare(self, me):
+        me.open()
+        me.feeder = type(me)(me.name, "f", me.note).open()
+
+    def ready(self, stage):
+        pass
+
+    def operate(self, me):
+        me.ring.attach_doorbell()
+        self._read_all(me)
+        self._ring(me)
+        assert me.try_read()
+        self._read_all(me)
+
+    def asleep(self, stage):
+        """Since it is armed it is announced as asleep, whatever it does."""
+
+    def _read_all(self, reader):
+        while reader.try_read():
+            pass
+
+    def _ring(self, me):
+        with me.aside():
+            me.feeder.write()
+            assert select.select([me.ring], [], [], 0)[0], "it was not rung"
+
+    def go_on(self, me):
+        me.ring.attach_doorbell()
+        self._read_all(me)
+        self._ring(me)
+        assert me.try_read()
+        me.feeder.close()
+
+    def end(self, stage):
+        """The next one with a doorbell hears it, and then one without takes its place."""
+        successor = stage.actor("y")
+        successor.ring.attach_doorbell()
+        self._read_all(successor)
+        stage.other.write()
+        assert select.select([successor.ring], [], [], 0)[0], "the successor's was not rung"
+        successor.close()
+        super().end(stage)
+
+
+class ReadByDoorbell(BlockedRead):
+    """It waits for its doorbell, until somebody writes. The next reader has none."""
+
+    def prepare(self, me):
+        me.open()
+        me.ring.attach_doorbell()
+
+    def operate(self, me):
+        me.read_when_rung()
+
+    def go_on(self, me):
+        me.read_when_rung()
+        me.drain()
+
+
+class InALoop:
+    """A task of asyncio waits. An interrupt ends the loop's run, and the task goes on in the next one."""
+
+    def prepare(self, me):
+        import asyncio  # after the rehearsal all who are forked have it, and only these cases' are as large
+
+        super().prepare(me)
+        me.loop = asyncio.new_event_loop()
+        me.task = None
+
+    def operate(self, me):
+        me.task = me.loop.create_task(self.task(me))
+        me.loop.run_until_complete(me.task)
+
+    def go_on(self, me):
+        if me.task is not None and not me.task.done():
+            me.loop.run_until_complete(me.task)
+        self.operate(me)
+        me.ring.close()
+        me.loop.close()
+
+
+class ReadAsync(InALoop, BlockedRead):
+    """Nothing there, a task waits until somebody writes."""
+
+    async def task(self, me):
+        await me.read_async()
+
+
+class WriteAsync(InALoop, BlockedWrite):
+    """The lane is full, a task waits until somebody has read a message."""
+
+    async def task(self, me):
+        await me.write_async(500)
+
+
 # ---------------------------------------------------------------- life
 
 
@@ -530,6 +665,17 @@ class Close(Case):
         assert me.ring.closed
 
 
+class CloseDoorbell(Close):
+    """Armed, and closed: its name is gone, or the next one takes it over."""
+
+    def prepare(self, me):
+        super().prepare(me)
+        me.ring.attach_doorbell()
+        me.drain()
+
+    asleep = AttachDoorbell.asleep
+
+
 class CloseLast(Close):
     """The last handle: the ring counts as not there afterwards, and its name can be given to a new one."""
 
@@ -604,3 +750,13 @@ CASES = {
         Create, CreateOverAbandoned, CreateReplaces, Open, Close, CloseLast, Unlink,
     )
 }  # fmt: skip
+if not WINDOWS:  # there a doorbell is nothing for select, and a victim has no loop of its own
+    CASES.update(
+        {
+            case.__name__: case()
+            for case in (
+                WriteRingsDoorbell, WriteManyRingsDoorbell, FirstWriteRingsDoorbell, AttachDoorbell, ReadByDoorbell,
+                CloseDoorbell, ReadAsync, WriteAsync,
+            )
+        }
+    )  # fmt: skip
