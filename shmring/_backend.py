@@ -12,15 +12,19 @@
 - A claim is exclusive among handles, also of one process, and ends when it is released, its segment
   is closed, or its process dies, however.
 - `close` and `release` do nothing the second time.
+- `names`, `Look` and `collect` are for who looks at rings and tidies up: what is seen stays as it is, and what is
+  collected was nobody's. `strays` is what there is of rings that have no name any more, and nobody either.
 """
 
 from __future__ import annotations
 
+import mmap
 import sys
 from typing import Protocol
 
 from . import _words
 from ._layout import Layout
+from ._words import Fence
 
 if sys.platform == "linux":
     from . import _linux as os_backend
@@ -46,6 +50,9 @@ class Segment(_words.Segment, Protocol):
     def is_claimed(self, byte: int) -> bool:
         """Does another handle hold this role now?"""
 
+    def claimed(self, first: int, count: int) -> int:
+        """How many of `count` roles, from `first` on, other handles hold now."""
+
     def unlink(self) -> None:
         """Remove the name if it still is this ring's."""
 
@@ -56,4 +63,45 @@ class Segment(_words.Segment, Protocol):
         """Leave, and give up everything but the memory; with `keep` the name stays."""
 
 
-__all__ = ["Segment", "os_backend"]
+class Look(Protocol):
+    """A ring as who has no part in it sees it. Nobody notices: it locks, writes and keeps nothing.
+
+    Who makes one gets FileNotFoundError if nothing has the name, PermissionError if it is not to be read, another
+    OSError or an empty `header` if it is no ring. Is the ring removed meanwhile, this one is still what is seen.
+
+    Attributes:
+        where: Its path, or what the system calls its memory.
+        header: Its first 512 bytes, or as many as there are.
+        size, memory: Bytes of the segment, and how much memory they take; None where the system does not tell.
+        owner, mode: User and permissions; None on Windows.
+        layout, map, words: There since `attach`, for reading.
+    """
+
+    name: str
+    where: str
+    header: bytes
+    size: int | None
+    memory: int | None
+    owner: int | None
+    mode: int | None
+    layout: Layout
+    map: mmap.mmap
+    words: memoryview
+
+    def attach(self, layout: Layout, nbytes: int) -> None:
+        """Map the first `nbytes` of a ring that has this layout."""
+
+    def is_open(self) -> bool:
+        """Has anybody the ring open?"""
+
+    def claimed(self, first: int, count: int) -> int:
+        """How many of `count` roles are held now."""
+
+    def order_fence(self) -> Fence:
+        """What keeps loads in order; None where the machine does."""
+
+    def close(self) -> None:
+        """Look no more."""
+
+
+__all__ = ["Look", "Segment", "os_backend"]

@@ -686,6 +686,10 @@ class Segment:
         """Does another handle hold this role now, by the kernel's word?"""
         return byte not in self._held and _has_reader(f"{self._home}/held-{byte - _layout.PRESENCE}")
 
+    def claimed(self, first: int, count: int) -> int:
+        """How many of `count` roles other handles hold now, by the kernel's word."""
+        return sum(map(self.is_claimed, range(first, first + count)))
+
     def reserve(self, offset: int, nbytes: int) -> None:
         """The system gives memory page by page, when it is touched, and has no call that takes it before."""
 
@@ -985,3 +989,129 @@ def _clear_the_way(name: str, replace: bool) -> bool:
     finally:
         _close_all(noted)
         passing._let_go_of_all()
+
+
+# ---------------------------------------------------------------- looking from outside, and tidying up
+
+
+def _read_entry(path: str) -> _Entry | None:
+    """What the file of a ring says that lies here, if there is one."""
+    noted: list[int] = []
+    try:
+        fd = note_open(noted, path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+        return _Entry.read(fd) if stat.S_ISREG(os.fstat(fd).st_mode) else None
+    except OSError:
+        return None
+    finally:
+        _close_all(noted)
+
+
+def names() -> list[str]:
+    """The names of this user's rings, in alphabetical order."""
+    root = _folder()
+    entries = [_read_entry(f"{root}/{file}") for file in os.listdir(root) if file.startswith("name-")]
+    return sorted(entry.name for entry in entries if entry is not None and _layout.is_name(entry.name))
+
+
+class Look:
+    """A ring as it is seen from outside; see `_backend.Look`. It locks nothing, and shows nowhere."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.layout: Layout
+        self.map: mmap.mmap
+        self.words: memoryview
+        self.size: int | None = None  # it is in whole pages
+        self.memory: int | None = None
+        self.owner: int | None = os.geteuid()  # whose folder it is
+        self.mode: int | None = 0o600
+        self.header = b""
+        self._noted: list[int] = []
+        root = _folder()
+        named = _name_path(root, name)
+        entry = _read_entry(named)
+        if entry is None or entry.name != name:
+            if not os.path.lexists(named):
+                raise FileNotFoundError(errno.ENOENT, "there is no ring of this name", name)
+            self.where = named
+            return  # it is no ring's file
+        self.where = f"{root}/ring-{entry.nonce.hex()}"
+        system_name = (PREFIX + entry.nonce.hex().encode())[:MOST_IN_NAME]
+        self._noted.extend(map(_shm_open, [system_name], [os.O_RDONLY]))
+        if self._noted[-1] < 0:
+            self._noted.pop()
+            raise _failure("cannot open the ring's shared memory", name)
+        try:
+            os.set_inheritable(self._noted[-1], False)
+            if os.fstat(self._noted[-1]).st_size >= _layout.HEADER_BYTES:
+                with mmap.mmap(self._noted[-1], _layout.HEADER_BYTES, prot=mmap.PROT_READ) as header:
+                    self.header = header[:]
+        except BaseException:
+            self.close()
+            raise
+
+    def attach(self, layout: Layout, nbytes: int) -> None:
+        """Map the first `nbytes` for reading."""
+        if os.fstat(self._noted[-1]).st_size < layout.segment_bytes:
+            raise RingCorrupted(f"ring {self.name!r} is shorter than the {layout.segment_bytes:,} bytes that it says")
+        self.layout = layout
+        self.map = mmap.mmap(self._noted[-1], nbytes, prot=mmap.PROT_READ)
+        self.words = memoryview(self.map).cast("Q")
+
+    def is_open(self) -> bool:
+        """Has anybody the ring open?"""
+        return _has_reader(f"{self.where}/present")
+
+    def claimed(self, first: int, count: int) -> int:
+        """How many of `count` roles are held now, by the kernel's word."""
+        numbers = range(first - _layout.PRESENCE, first - _layout.PRESENCE + count)
+        return sum(_has_reader(f"{self.where}/held-{number}") for number in numbers)
+
+    def order_fence(self) -> Fence:
+        """What keeps loads in order; None where the machine does."""
+        return None if TSO else _barrier
+
+    def close(self) -> None:
+        """Look no more."""
+        _close_all(self._noted)
+        self._noted.clear()
+
+
+def collect(name: str, kept: bool) -> bool:
+    """Remove a ring that nobody has open, in the way in which `create` makes room; a kept one only if `kept` says so.
+
+    Returns:
+        False if it stays: it is in use, kept, or no ring.
+    """
+    try:
+        return _clear_the_way(name, kept)
+    except (FileExistsError, RingBusy):
+        return False
+
+
+def strays(dry: bool) -> list[str]:
+    """The folders of rings that have lost their name, or never had one, and that nobody has: their paths.
+
+    They are removed, as each `create` does, unless it is a `dry` run.
+    """
+    root, found = _folder(), []
+    for entry in sorted(os.listdir(root)):
+        home = f"{root}/{entry}"
+        with contextlib.suppress(OSError, RingBusy, ValueError):  # somebody else is at it
+            if entry.startswith("ring-") and not _has_reader(f"{home}/present") and not _is_named(root, home):
+                if not dry:
+                    _sweep_one(home, bytes.fromhex(entry[5:]))
+                if dry or not os.path.exists(home):
+                    found.append(home)
+    return found
+
+
+def _is_named(root: str, home: str) -> bool:
+    """Does its name lead to the ring in this folder?"""
+    entry = _read_entry(f"{home}/ring")
+    if entry is None:
+        return False
+    try:
+        return os.path.samefile(_name_path(root, entry.name), f"{home}/ring")
+    except FileNotFoundError:
+        return False

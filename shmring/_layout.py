@@ -193,6 +193,15 @@ def check_name(name: str) -> str:
     return name
 
 
+def is_name(name: str) -> bool:
+    """Can this be a ring's name?"""
+    try:
+        check_name(name)
+    except ValueError:
+        return False
+    return True
+
+
 def new_layout(capacity: int, writers: int, readers: str, keep: bool) -> Layout:
     """Check what a caller of `create` asked for, and give the ring a shape and a nonce."""
     for what, value, most in (("capacity", capacity, MAX_CAPACITY), ("writers", writers, MAX_WRITERS)):
@@ -260,6 +269,14 @@ def parse_header(header: bytes, segment_bytes: int | None, machine: str, name: s
     if segment_bytes is not None and size != segment_bytes:
         raise RingCorrupted(f"ring {name!r} is {segment_bytes:,} bytes long, its header says {size:,}")
     return layout
+
+
+def outline(header: bytes) -> tuple[int, int, int] | None:
+    """What a header of whatever version says: layout version, machine, bytes of the segment. None: it is no ring's."""
+    if len(header) < 24 or header[:8] != MAGIC:
+        return None
+    version, machine, segment_bytes = struct.unpack_from("=IIQ", header, 8)
+    return version, machine, segment_bytes
 
 
 def is_kept(header: bytes) -> bool:

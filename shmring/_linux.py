@@ -166,6 +166,22 @@ def _holder(fd: int, byte: int) -> int:
     return int(_FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))[0])
 
 
+def _count_holders(fd: int, first: int, count: int) -> int:
+    """F_OFD_GETLK: how many of `count` bytes other descriptions have locked; a question for each, and for each gap."""
+    found, spans = 0, [(first, first + count)]
+    while spans:
+        begin, end = spans.pop()
+        if begin == end:
+            continue  # to ask for no bytes is to ask for all
+        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, begin, end - begin, 0)
+        kind, _, start, length, _ = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))
+        if kind != fcntl.F_UNLCK:
+            start, stop = max(begin, start), min(end, start + length) if length else end
+            found += stop - start
+            spans += (begin, start), (stop, end)
+    return found
+
+
 def _path(name: str) -> str:
     return f"{DIRECTORY}/{PREFIX}{name}"
 
@@ -185,6 +201,15 @@ def _remove_doorbells(name: str, nonce: bytes) -> None:
                     os.unlink(f"{DIRECTORY}/{entry}")
 
 
+def _keep(path: str, fd: int) -> bool:
+    """flock(2): have `strays` leave this doorbell alone while somebody has this description. False: it is at it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return _leads_to(path, fd)
+
+
 def _leads_to(path: str, fd: int) -> bool:
     """Is the file under this name the one that is open here?"""
     try:
@@ -194,10 +219,10 @@ def _leads_to(path: str, fd: int) -> bool:
     return os.path.samestat(named, os.fstat(fd))
 
 
-def _open(name: str, noted: list[int]) -> int:
+def _open(name: str, noted: list[int], access: int = os.O_RDWR) -> int:
     """Open what lies under a ring's name, if it is a regular file; O_NONBLOCK so that a FIFO does not block."""
     try:
-        fd = note_open(noted, _path(name), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = note_open(noted, _path(name), access | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         raise FileNotFoundError(errno.ENOENT, "there is no ring of this name", name) from None
     except OSError as error:
@@ -392,13 +417,17 @@ class Segment:
 
     def is_claimed(self, byte: int) -> bool:
         """Does another handle hold this role now, by the kernel's word?"""
+        return self.claimed(byte, 1) > 0
+
+    def claimed(self, first: int, count: int) -> int:
+        """How many of `count` roles other handles hold now, by the kernel's word."""
         fd = self._locks
         try:
-            return self._own(fd) and _holder(fd, byte) != fcntl.F_UNLCK
+            return _count_holders(fd, first, count) if self._own(fd) else 0
         except OSError as error:
             if error.errno != errno.EBADF:
                 raise
-            return False  # another thread has just closed it
+            return 0  # another thread has just closed it
 
     def reserve(self, offset: int, nbytes: int) -> None:
         """Have memory for these bytes of the segment, for good; ENOSPC if there is none."""
@@ -465,7 +494,15 @@ class Segment:
         """Make what event loops can wait for, and `ring` rings too while the word beside the bell says so."""
         with naming(self.name):
             file = os.fstat(self._locks)
-            return Doorbell(*self._doorbell_place(bell), stat.S_IMODE(file.st_mode), file.st_uid, file.st_gid)
+            path, trusts = self._doorbell_place(bell)
+            for _ in range(REMOVER_TRIES):
+                with contextlib.suppress(FileNotFoundError):  # `strays` has just removed what somebody else had left
+                    doorbell = Doorbell(path, trusts, stat.S_IMODE(file.st_mode), file.st_uid, file.st_gid)
+                    if _keep(path, doorbell.fileno()):
+                        return doorbell
+                    doorbell.close()
+                time.sleep(0.001)
+            raise RingBusy(f"a doorbell of ring {self.name!r} is being removed by another process, which does not end")
 
     def _doorbell_place(self, bell: int) -> tuple[str, Callable[[os.stat_result], bool]]:
         """Its path, and whether it is one to be trusted."""
@@ -603,3 +640,125 @@ def _clear_the_way(name: str, replace: bool) -> bool:
         for number in noted:
             os.close(number)
         passing._give_up_locks()
+
+
+# ---------------------------------------------------------------- looking from outside, and tidying up
+
+
+def names() -> list[str]:
+    """What may be rings, of whatever user, in alphabetical order."""
+    entries = [entry[len(PREFIX) :] for entry in os.listdir(DIRECTORY) if entry.startswith(PREFIX)]
+    return sorted(filter(_layout.is_name, entries))
+
+
+class Look:
+    """A ring as it is seen from outside; see `_backend.Look`. By a description of its own that never locks anything."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.where = _path(name)
+        self.layout: Layout
+        self.map: mmap.mmap
+        self.words: memoryview
+        self._noted: list[int] = []
+        try:
+            self._fd = _open(name, self._noted, os.O_RDONLY)
+            status = os.fstat(self._fd)
+            self.size: int | None = status.st_size
+            self.memory: int | None = status.st_blocks * 512  # stat(2): in units of 512 bytes
+            self.owner: int | None = status.st_uid
+            self.mode: int | None = stat.S_IMODE(status.st_mode)
+            self.header = os.pread(self._fd, _layout.HEADER_BYTES, 0)
+        except BaseException:
+            self.close()
+            raise
+
+    def attach(self, layout: Layout, nbytes: int) -> None:
+        """Map the first `nbytes` for reading."""
+        self.layout = layout
+        self.map = mmap.mmap(self._fd, nbytes, prot=mmap.PROT_READ)
+        self.words = memoryview(self.map).cast("Q")
+
+    def is_open(self) -> bool:
+        """Has anybody the ring open? A remover's lock is another one."""
+        return _holder(self._fd, _layout.PRESENCE) == fcntl.F_RDLCK
+
+    def claimed(self, first: int, count: int) -> int:
+        """How many of `count` roles are held now, by the kernel's word."""
+        return _count_holders(self._fd, first, count)
+
+    def order_fence(self) -> Fence:
+        """What keeps loads in order; None where the machine does."""
+        return None if TSO else make_fence(TSO)
+
+    def close(self) -> None:
+        """Look no more."""
+        while self._noted:
+            os.close(self._noted.pop())
+
+
+def collect(name: str, kept: bool) -> bool:
+    """Remove a ring that nobody has open, in the way in which `create` makes room; a kept one only if `kept` says so.
+
+    Returns:
+        False if it stays: it is in use, kept, another user's, or no ring.
+    """
+    try:
+        return _clear_the_way(name, kept)
+    except (FileExistsError, RingBusy):
+        return False
+
+
+def strays(dry: bool) -> list[str]:
+    """The doorbells of rings that are gone, which nobody has: their paths. They are removed, unless it is a `dry` run.
+
+    The ring may have lost its name only, and still be in use. So the lock of a doorbell decides, which who is to hear
+    it holds: it is taken here, and who comes meanwhile waits for that, and makes another one.
+    """
+    found = []
+    for entry in sorted(os.listdir(DIRECTORY)):
+        if entry.startswith(DOORBELLS):
+            with contextlib.suppress(OSError, ValueError):  # another user's, gone meanwhile, or no doorbell
+                name, nonce, _ = entry[len(DOORBELLS) :].rsplit(".", 2)
+                if not _has_nonce(name, bytes.fromhex(nonce)) and _remove_stray(f"{DIRECTORY}/{entry}", dry):
+                    found.append(f"{DIRECTORY}/{entry}")
+    return found
+
+
+def _has_nonce(name: str, nonce: bytes) -> bool:
+    """Is the ring that has this name the one with this nonce?"""
+    noted: list[int] = []
+    try:
+        return _layout.nonce_of(os.pread(_open(name, noted, os.O_RDONLY), _layout.HEADER_BYTES, 0)) == nonce
+    except FileNotFoundError:
+        return False
+    finally:
+        for fd in noted:
+            os.close(fd)
+
+
+def _remove_stray(path: str, dry: bool) -> bool:
+    """Remove a FIFO that nobody has locked."""
+    noted: list[int] = []
+    flags = os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        if not stat.S_ISFIFO(os.stat(path, follow_symlinks=False).st_mode):
+            return False
+        if dry:
+            try:
+                note_open(noted, path, os.O_WRONLY | flags)
+            except OSError as error:
+                return error.errno == errno.ENXIO  # fifo(7): nobody has it open for reading
+            return False
+        fd = note_open(noted, path, os.O_RDONLY | flags)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        if not _leads_to(path, fd):
+            return False
+        os.unlink(path)
+        return True
+    finally:
+        for fd in noted:
+            os.close(fd)

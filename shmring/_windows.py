@@ -40,7 +40,7 @@ from ctypes import PyDLL, addressof, byref, c_char, c_int, c_size_t, c_uint32, c
 from functools import partial
 from typing import Any, Final
 
-from . import _layout
+from . import _layout, _ntdll
 from ._errors import RingBusy, RingCorrupted
 from ._layout import Layout
 from ._words import Fence, make_fence
@@ -168,6 +168,11 @@ _wait_for_one = _waiting["WaitForMultipleObjects"]
 _wait_for_one.argtypes = (c_uint32, c_void_p, c_int, c_uint32)
 _wait_for_one.restype = c_uint32
 _Two = c_void_p * 2
+
+# BOOL ProcessIdToSessionId(DWORD dwProcessId, DWORD *pSessionId);
+_session_of = _quick["ProcessIdToSessionId"]
+_session_of.argtypes = (c_uint32, c_void_p)
+_session_of.restype = c_int
 
 # LPVOID VirtualAlloc(LPVOID lpAddress, SIZE_T dwSize, DWORD flAllocationType, DWORD flProtect);
 _virtual_alloc = _waiting["VirtualAlloc"]
@@ -521,6 +526,10 @@ class Segment:
         """Does another handle hold this role now, by the kernel's word?"""
         return byte not in self._claims and _exists(self._claim_name(byte))
 
+    def claimed(self, first: int, count: int) -> int:
+        """How many of `count` roles other handles hold now, by the kernel's word."""
+        return sum(map(self.is_claimed, range(first, first + count)))
+
     def reserve(self, offset: int, nbytes: int) -> None:
         """Have memory for these bytes of the segment, for good; ENOSPC if there is none."""
         self._commit(offset, nbytes, "a lane")
@@ -653,3 +662,90 @@ def _milliseconds(deadline: float | None) -> int:
     if SLICE is not None and threading.get_ident() == threading.main_thread().ident:
         milliseconds = min(milliseconds, math.ceil(SLICE * 1000))
     return milliseconds
+
+
+# ---------------------------------------------------------------- looking from outside
+
+
+def names() -> list[str]:
+    """The names that rings of this namespace have, or have had that somebody still knows, in alphabetical order."""
+    directory, session = "\\BaseNamedObjects", c_uint32()
+    if _prefix().startswith("Local") and _session_of(os.getpid(), byref(session)) and session.value:
+        directory = f"\\Sessions\\{session.value}{directory}"
+    page = f"{PREFIX}name-"
+    found = [name[len(page) :] for name in _ntdll.names_of_objects(directory) if name.startswith(page)]
+    return sorted(filter(_layout.is_name, found))
+
+
+class Look:
+    """A ring as it is seen from outside; see `_backend.Look`. By a handle of its memory, which keeps nothing alive."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.layout: Layout
+        self.map: mmap.mmap
+        self.words: memoryview
+        self.size: int | None = None
+        self.memory: int | None = None
+        self.owner: int | None = None
+        self.mode: int | None = None
+        self.header = b""
+        passing = Segment(name)
+        try:
+            passing._open_name(make=False)
+            nonce = passing._named()
+        finally:
+            passing.close()
+        if nonce is None:
+            raise FileNotFoundError(errno.ENOENT, "there is no ring of this name", name)
+        self.where = passing._of("ring", nonce)
+        self._present, self._claim = passing._of("present", nonce), passing._of("claim", nonce)
+        self._section: Handle | None = _open_file_mapping(FILE_MAP_READ, False, self.where)
+        if not self._section:
+            if ctypes.get_last_error() == ERROR_FILE_NOT_FOUND:
+                raise FileNotFoundError(errno.ENOENT, "the ring of this name was just removed", name)
+            raise _failure("cannot open the ring", name)
+        with self._map(_layout.HEADER_BYTES) as header:
+            self.header = header[:]
+
+    def _map(self, nbytes: int) -> mmap.mmap:
+        """It exists, because we have a handle of it: so it is not made by this."""
+        try:
+            return mmap.mmap(-1, nbytes, tagname=self.where, access=mmap.ACCESS_READ)
+        except OSError as error:
+            if error.winerror == ERROR_ACCESS_DENIED:
+                raise RingCorrupted(f"ring {self.name!r} is shorter than the {nbytes:,} bytes that it says") from error
+            raise _failure(f"cannot map the ring's {nbytes:,} bytes", self.name, error.winerror) from error
+
+    def attach(self, layout: Layout, nbytes: int) -> None:
+        """Map the first `nbytes` for reading."""
+        self.layout = layout
+        self.map = self._map(nbytes)
+        self.words = memoryview(self.map).cast("Q")
+
+    def is_open(self) -> bool:
+        """Has anybody the ring open?"""
+        return _exists(self._present)
+
+    def claimed(self, first: int, count: int) -> int:
+        """How many of `count` roles are held now, by the kernel's word."""
+        numbers = range(first - _layout.PRESENCE, first - _layout.PRESENCE + count)
+        return sum(_exists(f"{self._claim}-{number}") for number in numbers)
+
+    def order_fence(self) -> Fence:
+        """What keeps loads in order; None where the machine does."""
+        return None if TSO else make_fence(TSO)
+
+    def close(self) -> None:
+        """Look no more."""
+        self._section = None
+
+
+def collect(name: str, kept: bool) -> bool:
+    """Nothing outlives the processes that have it open, so there is never anything to remove: False."""
+    return False
+
+
+def strays(dry: bool) -> list[str]:
+    """Nothing outlives the processes that have it open."""
+    return []

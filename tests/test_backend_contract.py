@@ -176,7 +176,7 @@ def raise_interrupted():
 
 def test_every_promise_of_the_docstring_has_its_tests_here():
     promises = [line for line in _backend.__doc__.splitlines() if line.startswith("- ")]
-    assert len(promises) == 9, "the contract has changed: see that each line has a test, then adjust this number"
+    assert len(promises) == 10, "the contract has changed: see that each line has a test, then adjust this number"
 
 
 @pytest.mark.parametrize("ahead", [0.0, 0.001, 0.05, 0.3])
@@ -937,3 +937,135 @@ def test_the_contract_is_what_every_backend_class_has(backend):
     public = {name for name in methods if not name.startswith("_")}
     assert {"back", "claim", "note", "wait", "ring", "wake", "create", "open", "unlink"} <= public
     assert all(callable(getattr(backend, name, None)) for name in public)
+
+
+# ---------------------------------------------------------------- looking from outside, and tidying up
+
+
+@pytest.fixture
+def module(backend):
+    return sys.modules[backend.__module__]
+
+
+@pytest.fixture
+def look(module, segment):
+    with contextlib.closing(module.Look(segment.name)) as look:
+        yield look
+
+
+def test_what_is_seen_from_outside_is_this_ring_its_words_and_who_has_which_role(module, segment, other, look):
+    assert segment.name in module.names()
+    assert _layout.parse_header(look.header, look.size, module.MACHINE, segment.name).nonce == segment.layout.nonce
+    assert look.is_open()
+    look.attach(segment.layout, segment.layout.lanes_offset)
+    segment.words[word_of(segment)] = 7
+    assert look.words[word_of(segment)] == 7
+    with pytest.raises(TypeError):
+        look.words[word_of(segment)] = 8
+    for claimed, handle in enumerate((segment, other)):
+        assert look.claimed(LANE, segment.layout.writers) == claimed and not look.claimed(_layout.READER, 1)
+        assert handle.claim(LANE + claimed)
+    assert look.claimed(LANE, 2) == 2 and look.claimed(LANE, 1) == look.claimed(LANE + 1, 1) == 1
+    assert segment.claimed(LANE, 2) == 1, "the others' alone"
+
+
+def test_claims_are_counted_with_gaps_between_them_and_beside_them(create):
+    lanes = 3 if WINDOWS else 300
+    segment = create(writers=lanes)
+    taken = [0, lanes - 1] if WINDOWS else [3, 4, 5, 7, 90, 91, 298, 299]
+    for number in (_layout.READER, *(LANE + lane for lane in taken)):
+        assert segment.claim(number)
+    with contextlib.closing(sys.modules[type(segment).__module__].Look(segment.name)) as look:
+        assert look.claimed(LANE, lanes) == len(taken)
+        assert look.claimed(LANE + 1, lanes - 2) == len([lane for lane in taken if 0 < lane < lanes - 1])
+        assert look.claimed(LANE, 0) == 0
+
+
+def test_a_look_changes_no_byte_and_takes_no_role(module, segment, other):
+    before = segment.map[:]
+    for _ in range(3):
+        with contextlib.closing(module.Look(segment.name)) as look:
+            look.attach(segment.layout, segment.layout.segment_bytes)
+            assert look.map[:] == before and look.is_open() and not look.claimed(LANE, 2)
+            assert segment.claim(LANE) and other.claim(LANE + 1) and other.claim(_layout.READER)
+            segment.release(LANE)
+            other.release(LANE + 1)
+            other.release(_layout.READER)
+    assert segment.map[:] == before
+
+
+def test_a_ring_goes_with_its_last_handle_also_while_somebody_looks(module, backend, segment, look):
+    look.attach(segment.layout, segment.layout.lanes_offset)
+    segment.close()
+    with pytest.raises(FileNotFoundError):
+        backend.open(segment.name, False)
+    with pytest.raises(FileNotFoundError):
+        module.Look(segment.name)
+    assert not look.is_open() and segment.name not in module.names()
+    assert look.words[0] == int.from_bytes(_layout.MAGIC, sys.byteorder), "it is still what is seen"
+
+
+def test_looks_leave_no_descriptor(module, segment):
+    before = descriptors()
+    for _ in range(3):
+        module.Look(segment.name).close()
+        module.names()
+        module.strays(True)
+        with pytest.raises(FileNotFoundError):
+            module.Look(f"{segment.name}-not")
+    assert descriptors() == before
+
+
+def test_what_is_in_use_or_does_not_exist_is_not_collected(module, backend, segment):
+    for kept in (False, True):
+        assert not module.collect(segment.name, kept)
+    backend.open(segment.name, False).close()
+    assert not [stray for stray in module.strays(False) if segment.name in stray or segment.layout.nonce.hex() in stray]
+
+
+@needs_kept
+def test_what_is_kept_is_collected_only_if_that_is_asked_for(module, backend, create, name):
+    create(keep=True).close()
+    assert not module.collect(name, False)
+    backend.open(name, False).close()
+    assert module.collect(name, True)
+    with pytest.raises(FileNotFoundError):
+        backend.open(name, False)
+
+
+@needs_kept
+def test_what_a_crash_of_everybody_left_is_collected(module, backend, children, name):
+    def create_and_die():
+        segment = backend.create(name, _layout.new_layout(4096, 1, "one", False), 0o600, False)
+        assert segment.claim(LANE)
+        kill_yourself()
+
+    assert children.join(children.start(create_and_die)) == KILLED
+    with contextlib.closing(module.Look(name)) as look:
+        assert name in module.names() and not look.is_open()
+    assert module.collect(name, False)
+    assert name not in module.names()
+
+
+def test_who_creates_and_opens_meanwhile_loses_nothing_to_who_collects(module, backend, name):
+    """What exists when `create` has returned can be opened, whatever is collected at that time."""
+    done, failed = [], []
+
+    def tidy_up():
+        try:
+            while not done:
+                module.collect(name, True)
+                module.strays(False)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [in_thread(tidy_up) for _ in range(2)]
+    try:
+        for _ in range(5 if WINDOWS else 100):
+            segment = backend.create(name, _layout.new_layout(4096, 1, "one", False), 0o600, True)
+            backend.open(name, False).close()
+            segment.close()
+    finally:
+        done.append(True)
+        assert all([ends(thread) for thread in threads])
+    assert not failed

@@ -1162,3 +1162,88 @@ def test_importing_starts_nothing_and_touches_nothing(children):
         """
     )
     children.output(process)
+
+
+# ---------------------------------------------------------------- tidying up doorbells
+
+
+def doorbells(name):
+    return [f"/dev/shm/{entry}" for entry in os.listdir("/dev/shm") if entry.startswith(f"shmbell.{name}.")]
+
+
+def test_a_doorbell_is_a_stray_once_its_ring_has_gone_and_nobody_has_it(name, children):
+    def ring_unlink_and_die():
+        ring = Ring.create(name, 4096)
+        ring.attach_doorbell()
+        ring.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert children.join(children.fork(ring_unlink_and_die)) == -signal.SIGKILL
+    (path,) = doorbells(name)
+    assert path in _linux.strays(True) and doorbells(name), "a dry run removes nothing"
+    assert path in _linux.strays(False) and not doorbells(name)
+    assert path not in _linux.strays(False)
+
+
+def test_a_doorbell_of_a_ring_that_is_there_is_no_stray(name):
+    with Ring.create(name, 4096, keep=True) as ring:
+        ring.attach_doorbell()
+        (path,) = doorbells(name)
+        for dry in (True, False):
+            assert path not in _linux.strays(dry)
+    with Ring.open(name) as ring:
+        os.mkfifo(path)  # as who was killed would have left it
+        for dry in (True, False):
+            assert path not in _linux.strays(dry)
+        ring.unlink()
+    assert not doorbells(name)
+
+
+def test_a_doorbell_of_a_ring_that_lost_its_name_rings_on_whoever_tidies_up(name):
+    with Ring.create(name, 4096) as ring, Ring.open(name) as other:
+        ring.attach_doorbell()
+        ring.unlink()
+        for dry in (True, False):
+            assert not set(doorbells(name)) & set(_linux.strays(dry))
+        assert ring.try_read() is None
+        other.write(b"x")
+        assert ring.wait_doorbell(DEADLINE) and os.read(ring.fileno(), 1) == b"!"
+
+
+def test_a_doorbell_that_is_made_while_somebody_tidies_up_is_a_new_one_if_need_be(name, monkeypatch):
+    """The FIFO is removed after it was opened, or before; or somebody who removes it is stopped in the middle of it."""
+    real = _linux._keep
+    removed = []
+
+    def keep(path, fd):
+        if len(removed) < 3:
+            removed.append(path)
+            os.unlink(path)
+        return real(path, fd)
+
+    monkeypatch.setattr(_linux, "_keep", keep)
+    with Ring.create(name, 4096) as ring:
+        ring.attach_doorbell()
+        assert len(removed) == 3 and os.path.samestat(os.stat(doorbells(name)[0]), os.fstat(ring.fileno()))
+
+    with Ring.create(name, 4096) as ring:
+        path = _linux.DIRECTORY + "/" + _linux._doorbells(name, ring._segment.layout.nonce)
+        path += str(ring._segment.layout.readers_offset + _layout.READER_BELL)
+        os.mkfifo(path)
+        with open(os.open(path, os.O_RDWR), "rb", buffering=0) as stopped:
+            fcntl.flock(stopped, fcntl.LOCK_EX)
+            monkeypatch.setattr(_linux, "REMOVER_TRIES", 10)
+            with pytest.raises(RingBusy, match="doorbell"):
+                ring.attach_doorbell()
+        ring.attach_doorbell()
+
+
+def test_what_only_looks_like_a_doorbell_is_left_alone(name):
+    for entry in (f"shmbell.{name}", f"shmbell.{name}.no-hex.0", f"shmbell.{name}.{bytes(16).hex()}.0"):
+        Path("/dev/shm", entry).write_text("")
+    try:
+        assert not [path for path in _linux.strays(False) if name in path]
+    finally:
+        for entry in os.listdir("/dev/shm"):
+            if entry.startswith(f"shmbell.{name}"):
+                os.unlink(f"/dev/shm/{entry}")

@@ -21,8 +21,9 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOU
 
 # Imports go up this list only; modules of one row do not import each other.
 ORDER = [
-    ["_errors", "_monitor", "_posix", "_libsystem"], ["_layout"], ["_words"], ["_linux", "_darwin", "_windows"],
-    ["_backend"], ["_loop"], ["_ring"], ["__init__"], ["bench"], ["selftest"],
+    ["_errors", "_monitor", "_posix", "_libsystem", "_ntdll"], ["_layout"], ["_words"],
+    ["_linux", "_darwin", "_windows"], ["_backend"], ["_loop"], ["_ring"], ["__init__"], ["bench"], ["selftest"],
+    ["_doctor"], ["_cli"], ["__main__"],
 ]  # fmt: skip
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
 
