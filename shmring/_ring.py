@@ -39,6 +39,7 @@ from ._words import (
     WriteBatch,
     Writer,
     WriteRequest,
+    survey,
 )
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ TIGHT: Final = 5e-6
 # needs. It is never more than what is free when the reader has taken everything, and the reader rings before it parks.
 ROOM: Final = 4
 PATIENCE: Final = 0.01
-OPEN_AGAIN: Final = 0.002  # seconds between two tries of `open` with a timeout
+OPEN_AGAIN: Final = 0.002  # seconds between two tries of `open` with a timeout, or two looks for somebody to come
 
 _open_rings: dict[int, weakref.ref[Ring]] = {}
 _hooks: set[str] = set()  # that are set
@@ -947,32 +948,78 @@ class Ring:
         segment = self._segment
         if self._closed:
             raise self._is_closed()
-        layout, words = segment.layout, segment.words
-        lanes = [layout.lane_block(lane) for lane in range(layout.writers)]
-        cursors = [layout.cursor(lane) for lane in range(layout.writers)]
-
-        def column(blocks: Iterable[int], offset: int) -> list[int]:
-            return [words[(block + offset) >> 3] for block in blocks]
-
-        # What is consumed first: what is written may have grown since then, and never falls below.
-        read, taken = column(cursors, _layout.READ_POS), column(cursors, _layout.MESSAGES_OUT)
-        written, put = column(lanes, _layout.WRITE_POS), column(lanes, _layout.MESSAGES_IN)
+        seen = survey(segment)
         return RingStats(
-            messages_in=sum(put),
-            messages_out=sum(taken),
-            bytes_in=sum(written),
-            bytes_out=sum(read),
-            fill=min(1.0, max(0, *(b - a for a, b in zip(read, written))) / layout.capacity),
-            lanes_in_use=sum(
-                lane == self._writer.lane or segment.is_claimed(_layout.LANE + lane) for lane in range(layout.writers)
-            ),
-            lanes=layout.writers,
-            readers=int(self._reader.claimed or segment.is_claimed(_layout.READER)),
-            writers_parked=sum(epoch & 1 for epoch in column(lanes, _layout.WRITER_PARKED)),
-            readers_parked=words[(layout.readers_offset + _layout.READER_PARKED) >> 3] & 1,
-            writer_parks=sum(column(lanes, _layout.WRITER_PARKS)),
-            reader_parks=words[(layout.readers_offset + _layout.READER_PARKS) >> 3],
+            messages_in=sum(seen.put),
+            messages_out=sum(seen.taken),
+            bytes_in=sum(seen.written),
+            bytes_out=sum(seen.read),
+            fill=seen.fill(segment.layout),
+            lanes_in_use=self.writers_alive(),
+            lanes=segment.layout.writers,
+            readers=self.readers_alive(),
+            writers_parked=sum(seen.writers_parked),
+            readers_parked=seen.readers_parked,
+            writer_parks=sum(seen.writer_parks),
+            reader_parks=seen.reader_parks,
         )
+
+    # ------------------------------------------------------------ who is there
+
+    def writers_alive(self) -> int:
+        """How many handles have a lane now, this one's own included, by the kernel's word.
+
+        A handle counts from its first write until it closes, or its process has died.
+
+        Raises:
+            RingClosed: The handle is closed.
+        """
+        segment, writer = self._segment, self._writer
+        if self._closed:
+            raise self._is_closed()
+        return (writer.lane >= 0) + segment.claimed(_layout.LANE, segment.layout.writers)
+
+    def readers_alive(self) -> int:
+        """How many handles have a reader's role now, this one's own included, by the kernel's word.
+
+        A handle counts from its first read until it closes, or its process has died.
+
+        Raises:
+            RingClosed: The handle is closed.
+        """
+        segment, reader = self._segment, self._reader
+        if self._closed:
+            raise self._is_closed()
+        return int(reader.claimed) + segment.claimed(_layout.READER, 1)
+
+    def wait_for_writer(self, timeout: float | None = None) -> bool:
+        """Wait until a handle has written, or tried to, and is still there: until `writers_alive` is not 0.
+
+        No system has an event for that, so this looks every 2 milliseconds, as `open` does.
+
+        Args:
+            timeout: Seconds to wait at most. None waits for ever, 0 (or less) looks once.
+
+        Returns:
+            False if the time was up.
+
+        Raises:
+            RingClosed: The handle is closed, maybe by another thread meanwhile.
+        """
+        return self._wait_for(self.writers_alive, timeout)
+
+    def wait_for_reader(self, timeout: float | None = None) -> bool:
+        """Wait until a handle reads, or has read, and is still there: `wait_for_writer`, for the other side."""
+        return self._wait_for(self.readers_alive, timeout)
+
+    def _wait_for(self, alive: Callable[[], int], timeout: float | None) -> bool:
+        deadline = _deadline(timeout)
+        while not alive():
+            now = time.perf_counter()
+            if deadline is not None and now >= deadline:
+                return False
+            time.sleep(OPEN_AGAIN if deadline is None else min(OPEN_AGAIN, deadline - now))
+        return True
 
 
 @types.coroutine

@@ -1311,3 +1311,117 @@ class Reader:
             if self.parking is not None:
                 self._make_good()
             raise
+
+
+# ---------------------------------------------------------------- looking, by who has no part in it
+
+
+class Seen(Protocol):
+    """What a look needs: memory that is only read, and no role. A `Segment` will do as well."""
+
+    name: str
+    layout: Layout
+    map: mmap.mmap
+    words: memoryview
+
+    def order_fence(self) -> Fence: ...
+
+
+class Survey(NamedTuple):
+    """All words that tell what a ring is like. Lists have an entry for each lane."""
+
+    written: list[int]  # write_pos
+    put: list[int]  # messages_in
+    read: list[int]  # read_pos
+    taken: list[int]  # messages_out
+    writers_parked: list[int]  # 1: asleep or about to be
+    writer_parks: list[int]
+    readers_parked: int
+    reader_parks: int
+
+    def fill(self, layout: Layout) -> float:
+        """How full the fullest lane is, 0.0 to 1.0."""
+        return min(1.0, max(0, *(end - pos for pos, end in zip(self.read, self.written))) / layout.capacity)
+
+
+def survey(segment: Seen) -> Survey:
+    """Look at the whole ring, one word after the other while it goes on."""
+    layout, words = segment.layout, segment.words
+    lanes = [layout.lane_block(lane) for lane in range(layout.writers)]
+    cursors = [layout.cursor(lane) for lane in range(layout.writers)]
+
+    def column(blocks: list[int], offset: int) -> list[int]:
+        return [words[(block + offset) >> 3] for block in blocks]
+
+    # What is consumed first: what is written may have grown since then, and never falls below.
+    read, taken = column(cursors, _layout.READ_POS), column(cursors, _layout.MESSAGES_OUT)
+    return Survey(
+        written=column(lanes, _layout.WRITE_POS),
+        put=column(lanes, _layout.MESSAGES_IN),
+        read=read,
+        taken=taken,
+        writers_parked=[epoch & 1 for epoch in column(lanes, _layout.WRITER_PARKED)],
+        writer_parks=column(lanes, _layout.WRITER_PARKS),
+        readers_parked=words[(layout.readers_offset + _layout.READER_PARKED) >> 3] & 1,
+        reader_parks=words[(layout.readers_offset + _layout.READER_PARKS) >> 3],
+    )
+
+
+class Peeked(NamedTuple):
+    """What `peek` saw of a lane."""
+
+    messages: list[bytes]
+    pos: int  # where to go on
+    missed: int  # bytes that were consumed before they could be copied
+
+
+def peek(segment: Seen, lane: int, pos: int) -> Peeked:
+    """Copy what a lane holds from `pos` on, some 64 KiB or one message, and take nothing.
+
+    `pos` is a read_pos, or where an earlier look ended. Nobody waits for a look: while it copies the reader may consume the
+    records and the writer write over them. So what was copied counts only if read_pos is not beyond it afterwards;
+    nothing that is torn is returned.
+
+    Raises:
+        RingCorrupted: What was published is no run of records.
+    """
+    layout, words, order = segment.layout, segment.words, segment.order_fence()
+    capacity, first = layout.capacity, layout.lane_bytes(lane)
+    read_pos = (layout.cursor(lane) + _layout.READ_POS) >> 3
+    end = words[(layout.lane_block(lane) + _layout.WRITE_POS) >> 3]  # R1
+    if order:
+        order()  # ORDER R1 before R2; and before read_pos, which then is no older: the two are at most a lane apart
+    free = words[read_pos]
+    if max(end, free) >= POSITIONS or (end | free) & 7 or end - free > capacity:
+        what = f"was written to {end:,} and read to {free:,}, which a capacity of {capacity:,} does not allow"
+        raise RingCorrupted(f"ring {segment.name!r}: lane {lane} {what}")
+    start = at = max(pos, free)
+    found: list[tuple[int, bytes | None]] = []  # each record's position; None is padding
+    length = 0
+    while at < end and at - start < BURST:
+        offset = at % capacity
+        room = min(end - at, capacity - offset)
+        length = words[(first + offset) >> 3]
+        if length == PADDING and room == capacity - offset:
+            found.append((at, None))
+            at += room
+        elif length <= room - RECORD_HEADER and record_bytes(length) <= room:
+            body = first + offset + RECORD_HEADER
+            found.append((at, segment.map[body : body + length]))  # R2
+            at += record_bytes(length)
+        else:
+            break
+    if order:
+        order()  # ORDER R2 before this load: a writer that wrote over what we copied had seen its R3 before (W1)
+    free = words[read_pos]
+    if free > start:
+        # Lengths before it may be of other records already, and so lead anywhere. It is where a record begins itself:
+        # what was found there, and by going on from there, is whole.
+        places = [place for place, _ in found]
+        found = found[places.index(free) :] if free in places else []
+        if not found:
+            at = free
+    elif at < end and at - start < BURST:
+        what = f"a length of {length:,} where {end - at:,} bytes were published"
+        raise RingCorrupted(f"ring {segment.name!r}: lane {lane} is damaged at position {at:,}: {what}")
+    return Peeked([message for _, message in found if message is not None], at, max(0, max(start, free) - pos))

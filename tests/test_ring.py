@@ -8,9 +8,11 @@ import gc
 import math
 import mmap
 import pickle
+import threading
 import time
 
 import pytest
+from conftest import DEADLINE
 
 import shmring
 from shmring import (
@@ -598,3 +600,53 @@ def test_every_error_is_a_ring_error_and_the_builtin_that_one_would_expect():
     assert {type(error) for error in ERRORS} == {
         c for c in exported if isinstance(c, type) and issubclass(c, Exception)
     }
+
+
+# ---------------------------------------------------------------- who is there
+
+
+def test_who_is_alive_is_counted_from_the_first_use_of_a_role_until_its_handle_closes(name):
+    with Ring.create(name, 4096, writers=4) as ring:
+        assert (ring.writers_alive(), ring.readers_alive()) == (0, 0)
+        ring.write(b"")
+        assert (ring.writers_alive(), ring.readers_alive()) == (1, 0), "this handle's own roles count"
+        with Ring.open(name) as other, Ring.open(name) as third:
+            assert other.writers_alive() == third.writers_alive() == 1
+            third.write(b"")
+            assert other.read() == b""
+            for handle in (ring, other, third):
+                assert (handle.writers_alive(), handle.readers_alive()) == (2, 1)
+                assert handle.stats()[5:8] == (2, 4, 1)
+        assert (ring.writers_alive(), ring.readers_alive()) == (1, 0)
+
+
+@pytest.mark.parametrize("side", ["writer", "reader"])
+def test_who_waits_for_a_role_to_be_taken_is_told_when_it_is_and_when_the_time_is_up(name, side):
+    use = {"writer": lambda handle: handle.write(b""), "reader": lambda handle: handle.try_read()}[side]
+    with Ring.create(name, 4096) as ring, Ring.open(name) as other:
+        wait = {"writer": ring.wait_for_writer, "reader": ring.wait_for_reader}[side]
+        begin = time.perf_counter()
+        assert wait(0.05) is False and time.perf_counter() - begin >= 0.05
+        assert wait(0) is wait(-1) is False
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(wait()))
+        thread.start()
+        thread.join(0.02)
+        assert thread.is_alive()
+        use(other)
+        thread.join(DEADLINE)
+        assert answers == [True] and wait(0) is wait() is True
+        with pytest.raises(ValueError):
+            wait(float("nan"))
+
+
+def test_who_waits_for_somebody_to_come_ends_when_the_handle_is_closed(name):
+    with Ring.create(name, 4096) as ring:
+        closing = threading.Timer(0.05, ring.close)
+        closing.start()
+        with pytest.raises(RingClosed):
+            ring.wait_for_writer()
+        closing.join(DEADLINE)
+        for ask in (ring.wait_for_reader, ring.readers_alive, ring.writers_alive):
+            with pytest.raises(RingClosed):
+                ask()
