@@ -738,18 +738,20 @@ def _has_nonce(name: str, nonce: bytes) -> bool:
 
 
 def _remove_stray(path: str, dry: bool) -> bool:
-    """Remove a FIFO that nobody has locked."""
+    """Remove a FIFO that nobody has open, or locked by the time that it is locked here."""
     noted: list[int] = []
     flags = os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         if not stat.S_ISFIFO(os.stat(path, follow_symlinks=False).st_mode):
             return False
-        if dry:
-            try:
-                note_open(noted, path, os.O_WRONLY | flags)
-            except OSError as error:
-                return error.errno == errno.ENXIO  # fifo(7): nobody has it open for reading
+        try:
+            note_open(noted, path, os.O_WRONLY | flags)
             return False
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # fifo(7): nobody has it open for reading
+                return False
+        if dry:
+            return True
         fd = note_open(noted, path, os.O_RDONLY | flags)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1367,27 +1367,37 @@ def survey(segment: Seen) -> Survey:
     )
 
 
+def lanes_used(segment: Seen) -> int:
+    """How many lanes there are up to the last one that was ever claimed."""
+    used, writers = segment.layout.used_offset, segment.layout.writers
+    unused = segment.map.find(b"\0", used, used + writers)
+    return unused - used if unused >= 0 else writers
+
+
 class Peeked(NamedTuple):
     """What `peek` saw of a lane."""
 
     messages: list[bytes]
     pos: int  # where to go on
     missed: int  # bytes that were consumed before they could be copied
+    consumed: int  # messages_out then. If some were missed, so many messages come before these, give or take a few
 
 
 def peek(segment: Seen, lane: int, pos: int) -> Peeked:
     """Copy what a lane holds from `pos` on, some 64 KiB or one message, and take nothing.
 
-    `pos` is a read_pos, or where an earlier look ended. Nobody waits for a look: while it copies the reader may consume the
-    records and the writer write over them. So what was copied counts only if read_pos is not beyond it afterwards;
-    nothing that is torn is returned.
+    `pos` is a read_pos, or where an earlier look ended. Nobody waits for a look: while it copies the reader may
+    consume the records and the writer write over them. So what was copied counts only if read_pos is not beyond it
+    afterwards; nothing that is torn is returned.
 
     Raises:
         RingCorrupted: What was published is no run of records.
     """
     layout, words, order = segment.layout, segment.words, segment.order_fence()
     capacity, first = layout.capacity, layout.lane_bytes(lane)
-    read_pos = (layout.cursor(lane) + _layout.READ_POS) >> 3
+    read_pos, messages_out = (
+        (layout.cursor(lane) + offset) >> 3 for offset in (_layout.READ_POS, _layout.MESSAGES_OUT)
+    )
     end = words[(layout.lane_block(lane) + _layout.WRITE_POS) >> 3]  # R1
     if order:
         order()  # ORDER R1 before R2; and before read_pos, which then is no older: the two are at most a lane apart
@@ -1413,7 +1423,7 @@ def peek(segment: Seen, lane: int, pos: int) -> Peeked:
             break
     if order:
         order()  # ORDER R2 before this load: a writer that wrote over what we copied had seen its R3 before (W1)
-    free = words[read_pos]
+    free, consumed = words[read_pos], words[messages_out]
     if free > start:
         # Lengths before it may be of other records already, and so lead anywhere. It is where a record begins itself:
         # what was found there, and by going on from there, is whole.
@@ -1424,4 +1434,5 @@ def peek(segment: Seen, lane: int, pos: int) -> Peeked:
     elif at < end and at - start < BURST:
         what = f"a length of {length:,} where {end - at:,} bytes were published"
         raise RingCorrupted(f"ring {segment.name!r}: lane {lane} is damaged at position {at:,}: {what}")
-    return Peeked([message for _, message in found if message is not None], at, max(0, max(start, free) - pos))
+    messages = [message for _, message in found if message is not None]
+    return Peeked(messages, at, max(0, max(start, free) - pos), consumed)

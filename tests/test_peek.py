@@ -10,7 +10,7 @@ from fakes import FakeSegment, ask, batch, hooks_end
 
 from shmring import RingCorrupted, _layout
 from shmring._layout import record_bytes
-from shmring._words import ReadBatch, Reader, Writer, peek, survey
+from shmring._words import ReadBatch, Reader, Writer, lanes_used, peek, survey
 
 __all__ = ["hooks_end"]
 
@@ -69,7 +69,7 @@ def test_all_that_is_there_is_seen_in_its_order_and_nothing_is_taken_or_stored(o
         seen = lane.look(pos)
         assert seen.messages == [numbered(lane.count - waiting + number) for number in range(waiting)]
         assert seen.pos == lane.writing.peek("write_pos") and seen.missed == 0
-        assert lane.look(seen.pos) == ([], seen.pos, 0)
+        assert lane.look(seen.pos) == ([], seen.pos, 0, lane.count - waiting)
         assert bytes(memoryview(lane.looking.map)) == before
         lane.take(random.randrange(1, waiting + 1))
     assert all(event.startswith(("load", "order")) for event in lane.looking.log)
@@ -82,9 +82,9 @@ def test_a_look_goes_on_where_the_one_before_has_ended_and_tells_what_it_missed(
     assert seen.messages == [numbered(number) for number in range(3)]
     lane.write(4)
     lane.take(5)
-    assert lane.look(seen.pos) == ([numbered(5), numbered(6)], lane.begins[7], lane.begins[5] - lane.begins[3])
+    assert lane.look(seen.pos) == ([numbered(5), numbered(6)], lane.begins[7], lane.begins[5] - lane.begins[3], 5)
     lane.take(2)
-    assert lane.look(lane.begins[7]) == ([], lane.begins[7], 0)
+    assert lane.look(lane.begins[7]) == ([], lane.begins[7], 0, 7)
 
 
 def test_loads_are_kept_in_order_where_the_machine_does_not():
@@ -93,8 +93,8 @@ def test_loads_are_kept_in_order_where_the_machine_does_not():
     lane.write(2)
     lane.look(0)
     log = lane.looking.log
-    assert log[:3] == ["load write_pos", "order", "load read_pos"] and log[-2:] == ["order", "load read_pos"]
-    assert set(log[3:-2]) == {"load length", "load record"}
+    assert log[:3] == ["load write_pos", "order", "load read_pos"] and log[-3:-1] == ["order", "load read_pos"]
+    assert set(log[3:-3]) == {"load length", "load record"}
 
 
 def test_nothing_torn_is_seen_whatever_happens_between_two_accesses_of_a_look():
@@ -169,7 +169,7 @@ def test_a_length_that_cannot_be_is_told_unless_the_record_is_gone_by_then():
 
         if gone:
             lane.looking.hooks["load record"] = consumed
-            assert lane.look(0) == ([], lane.begins[3], lane.begins[3])
+            assert lane.look(0) == ([], lane.begins[3], lane.begins[3], 0)
         else:
             with pytest.raises(RingCorrupted, match=f"position {lane.begins[1]}: a length of 1,099,511,627,776"):
                 lane.look(0)
@@ -185,5 +185,6 @@ def test_a_survey_has_each_lanes_words():
         segment.poke(field, value)
     seen = survey(segment)
     assert seen == ([16, 32], [1, 2], [0, 16], [0, 1], [0, 1], [0, 5], 1, 9)
+    assert lanes_used(segment) == 2 and lanes_used(FakeSegment()) == 0
     assert seen.fill(segment.layout) == 16 / segment.layout.capacity
     assert _layout.PAGE == segment.layout.capacity
