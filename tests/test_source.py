@@ -23,7 +23,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOU
 ORDER = [
     ["_errors", "_monitor", "_posix", "_libsystem", "_ntdll"], ["_layout"], ["_words"],
     ["_linux", "_darwin", "_windows"], ["_backend"], ["_loop"], ["_ring"], ["__init__"], ["bench"], ["selftest"],
-    ["_doctor"], ["_cli"], ["__main__"],
+    ["_view"], ["_doctor"], ["_cli"], ["__main__"],
 ]  # fmt: skip
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
 
