@@ -1,7 +1,7 @@
 """Windows: the names of the kernel's objects, which only ntdll lists.
 
-User mode has no header for it: the prototypes are those that Microsoft documents for drivers
-(ZwOpenDirectoryObject, and NtQueryDirectoryObject among the API of "winternl").
+User mode has no header for it, so that `tools/check_abi.py` has nothing to hold this against. The prototypes are those
+that Microsoft documents: ZwOpenDirectoryObject for drivers, NtQueryDirectoryObject among the API of "winternl".
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ from ctypes import PyDLL, addressof, byref, c_char, c_int, c_size_t, c_uint32, c
 from functools import partial
 from typing import Any, Final
 
-from . import _layout, _ntdll
+from . import _layout
 from ._errors import RingBusy, RingCorrupted
 from ._layout import Layout
 from ._words import Fence, make_fence
@@ -669,6 +669,8 @@ def _milliseconds(deadline: float | None) -> int:
 
 def names() -> list[str]:
     """The names that rings of this namespace have, or have had that somebody still knows, in alphabetical order."""
+    from . import _ntdll  # for who lists rings alone
+
     directory, session = "\\BaseNamedObjects", c_uint32()
     if _prefix().startswith("Local") and _session_of(os.getpid(), byref(session)) and session.value:
         directory = f"\\Sessions\\{session.value}{directory}"
