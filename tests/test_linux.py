@@ -1238,6 +1238,27 @@ def test_a_doorbell_that_is_made_while_somebody_tidies_up_is_a_new_one_if_need_b
         ring.attach_doorbell()
 
 
+def test_a_doorbell_that_is_attached_between_the_look_and_the_removal_stays(name, monkeypatch):
+    """Its FIFO was left by who was killed: nobody has it open, until somebody has it locked."""
+    real = _linux.note_open
+    with Ring.create(name, 4096) as ring:
+        ring.attach_doorbell()
+        (path,) = doorbells(name)
+    with Ring.create(name, 4096) as ring:
+        path = path.replace(path.split(".")[-2], ring._segment.layout.nonce.hex())
+        os.mkfifo(path)
+        ring.unlink()
+
+        def note_open(noted, opened, flags, *more):
+            if opened == path and not flags & os.O_WRONLY:
+                ring.attach_doorbell()
+            return real(noted, opened, flags, *more)
+
+        monkeypatch.setattr(_linux, "note_open", note_open)
+        assert path not in _linux.strays(False) and doorbells(name) == [path]
+        assert os.path.samestat(os.stat(path), os.fstat(ring.fileno()))
+
+
 def test_what_only_looks_like_a_doorbell_is_left_alone(name):
     for entry in (f"shmbell.{name}", f"shmbell.{name}.no-hex.0", f"shmbell.{name}.{bytes(16).hex()}.0"):
         Path("/dev/shm", entry).write_text("")
