@@ -283,6 +283,10 @@ def test_what_is_no_ring_or_a_damaged_one_is_listed_as_that_and_the_others_with_
             assert out == b"" and (each == name or err.startswith("shmring: ")) and err.count("\n") == (each != name)
         assert header["older"] == (2, False, len(whole)) and header["newer-kept"][:2] == (4, True)
         assert before == {entry: entry.read_bytes() for entry in apart.iterdir() if entry.is_file()}
+        removed = json.loads(run("gc", "--json")[1])["removed"]
+        assert removed == sorted(each for each, state in expected.items() if state.startswith("abandoned"))
+        left = {entry.name.partition(".")[2] for entry in apart.iterdir()}
+        assert left == {*expected, "a name"} - set(removed)
         ring.write(b"it goes on")
         assert ring.read() == b"it goes on"
 
