@@ -2,6 +2,7 @@
 
 from ._errors import (
     BufferTooSmall,
+    MessagesLost,
     MessageTooLarge,
     RingBusy,
     RingClosed,
@@ -19,6 +20,7 @@ __all__ = [
     "BufferTooSmall",
     "Doorbell",
     "MessageTooLarge",
+    "MessagesLost",
     "Reservation",
     "Ring",
     "RingBusy",

@@ -81,3 +81,21 @@ def naming(name: str) -> Iterator[None]:
         if error.filename == name:
             raise
         raise OSError(error.errno, error.strerror, name) from error
+
+
+class MessagesLost(RingError):
+    """Messages were overwritten before this reader came to them. Raised once; the next read goes on after them.
+
+    Attributes:
+        count: How many, of one lane.
+        lane: Which.
+    """
+
+    def __init__(self, name: str, count: int, lane: int) -> None:
+        super().__init__(f"{count:,} messages of lane {lane} in ring {name!r} were overwritten before they were read")
+        self.name = name
+        self.count = count
+        self.lane = lane
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.name, self.count, self.lane)

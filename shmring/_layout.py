@@ -13,10 +13,10 @@ Header, at 0, 512 bytes. Written once by the creator before the ring has its nam
     16      8     segment_bytes    creator  size of the whole segment
     24      8     capacity         creator  bytes in a lane, a multiple of 4096
     32      4     writers          creator  lanes
-    36      4     readers          creator  0 one; 1 compete, 2 broadcast are reserved
+    36      4     readers          creator  0 one, 2 broadcast; 1, compete, is reserved
     40      4     reader_slots     creator  rows in the reader table
     44      4     cursor_rows      creator  rows in the cursor table
-    48      4     flags            creator  bit 0: keep
+    48      4     flags            creator  bit 0: keep; bit 1: who lags loses messages
     52      4     -                -        zero
     56      8     lanes_offset     creator  where lane 0 begins, a multiple of 4096
     64      16    nonce            creator  tells this ring from others of the same name
@@ -32,6 +32,7 @@ message, the second when the lane's writer parks; a line is 128 bytes, because p
     0       8     write_pos        lane writer  bytes ever published in this lane
     8       8     messages_in      lane writer  messages ever published; may lag by one per kill
     16      8     writer_parks     lane writer  times a writer of this lane went to sleep
+    24      8     given_up         lane writer  where who lags loses: a lane's length before this, nothing can be read
     128     8     writer_parked    lane writer  epoch; its lowest byte is 1: asleep or about to be, 0: awake
     136     8     writer_wanted    lane writer  the sleeper has room once read_pos has come to this
     144     4     writer_bell      the kernel   futex: FUTEX_WAKE_OP adds 1 and wakes, in one call; else zero
@@ -43,7 +44,7 @@ Reader table, after the lanes' table: 256 bytes for each of `reader_slots` reade
     offset  size  name             writer       meaning
     0       8     reader_parked    reader       epoch; its lowest byte is 1: asleep or about to be, 0: awake
     8       8     reader_parks     reader       times a reader in this slot went to sleep
-    16      8     -                -            zero, for a broadcast reader's state
+    16      8     joined           reader       broadcast: odd while a reader is there, another number for each
     128     4     reader_bell      the kernel   futex, as writer_bell
     132     4     -                -            zero
     136     8     reader_doorbell  reader       as writer_doorbell
@@ -53,13 +54,25 @@ Readers that share a cursor (one, compete) have one row; broadcast readers have 
 
     offset  size  name             writer       meaning
     0       8     read_pos         reader       bytes ever consumed in this lane
-    8       8     messages_out     reader       messages ever consumed; may lag by one per kill
-    16      8     -                -            zero, for messages lost to this reader
+    8       8     messages_out     reader       messages ever consumed, or lost; may lag by one per kill
 
 Used table, after the cursors: one byte for each lane, and one that stays zero.
 
     offset  size  name             writer       meaning
     0       1     lane_used        claimants    1 once this lane or a later one was claimed, for ever
+
+Broadcast: asleep table, 128 bytes after it, with a byte for each of `reader_slots` readers, so that a writer tells by
+one load that nobody sleeps:
+
+    offset  size  name             writer       meaning
+    0       1     reader_asleep    reader       1 while its reader_parked is odd, and a little longer
+
+Where who lags loses: marks table after that, MARKS marks of 16 bytes for each lane. A lane is given up in as many
+parts; the mark of a part tells where the first message is that begins in it (or after it, if none does):
+
+    offset  size  name             writer       meaning
+    0       8     mark_count       lane writer  messages before it
+    8       8     mark_pos         lane writer  its position, stored after mark_count
 
 Then, from `lanes_offset`, the lanes, `capacity` bytes each. A position is a count of bytes that
 only grows; the byte it speaks of lies at ``lanes_offset + lane * capacity + pos % capacity``. Between
@@ -93,28 +106,35 @@ from typing import Final
 
 from ._errors import RingCorrupted, RingIncompatible
 
-LAYOUT_VERSION: Final = 3
+LAYOUT_VERSION: Final = 4
 MAGIC: Final = b"shmring\0"
 MACHINES: Final = {"x86_64": 1, "AMD64": 1, "aarch64": 2, "arm64": 2, "ARM64": 2}
-READERS: Final = {"one": 0}
+READERS: Final = {"one": 0, "broadcast": 2}
+LAGS: Final = ("block", "drop")
 KEEP: Final = 1
+DROP: Final = 2
 
 PAGE: Final = 4096
 HEADER_BYTES: Final = 512
 LANE_BYTES: Final = 256
 READER_BYTES: Final = 256
 CURSOR_BYTES: Final = 128
+ASLEEP_BYTES: Final = 128
+MARK_BYTES: Final = 16
+MARKS: Final = 16  # for each lane
 
 # Offsets within a block of the lane table, the reader table and the cursor table.
 WRITE_POS: Final = 0
 MESSAGES_IN: Final = 8
 WRITER_PARKS: Final = 16
+GIVEN_UP: Final = 24
 WRITER_PARKED: Final = 128
 WRITER_WANTED: Final = 136
 WRITER_BELL: Final = 144
 WRITER_DOORBELL: Final = 152
 READER_PARKED: Final = 0
 READER_PARKS: Final = 8
+JOINED: Final = 16
 READER_BELL: Final = 128
 READER_DOORBELL: Final = 136
 DOORBELL: Final = 8  # from a bell to what is said of its doorbell: these bits, and from 4 on a number
@@ -122,6 +142,8 @@ ATTACHED: Final = 1
 ALONE: Final = 2
 READ_POS: Final = 0
 MESSAGES_OUT: Final = 8
+MARK_COUNT: Final = 0
+MARK_POS: Final = 8
 
 RECORD_HEADER: Final = 8
 PADDING: Final = (1 << 64) - 1
@@ -133,6 +155,7 @@ READER: Final = PRESENCE + (1 << 20)
 LANE: Final = PRESENCE + (1 << 21)
 
 MAX_WRITERS: Final = 1 << 12
+MAX_READERS: Final = 64
 MAX_CAPACITY: Final = 1 << 40
 MAX_NAME: Final = 200
 
@@ -141,30 +164,53 @@ _CHECKSUM = struct.Struct("=Q")
 
 
 class Layout:
-    """The shape of one ring. Sizes and offsets are in bytes, and made once: they are asked for with each message."""
+    """The shape of one ring. Sizes and offsets are in bytes, and made once: they are asked for with each message.
+
+    Attributes:
+        slots: Readers at a time.
+        broadcast: Each of them reads all messages, with cursors of its own.
+        drop: Writers do not wait for readers.
+        part: Bytes that a writer gives up at a time, with `drop`.
+    """
 
     __slots__ = (
-        "capacity", "cursors_offset", "keep", "lanes_offset", "max_message", "nonce", "readers_offset",
-        "segment_bytes", "used_offset", "writers",
+        "asleep_offset", "broadcast", "capacity", "cursors_offset", "drop", "keep", "lanes_offset", "marks_offset",
+        "max_message", "nonce", "part", "readers_offset", "segment_bytes", "slots", "used_offset", "writers",
     )  # fmt: skip
 
-    def __init__(self, capacity: int, writers: int, keep: bool, nonce: bytes) -> None:
+    def __init__(
+        self, capacity: int, writers: int, keep: bool, nonce: bytes, slots: int = 0, drop: bool = False
+    ) -> None:
+        """`slots` are those of a broadcast ring; 0 is one reader."""
         self.capacity = capacity
         self.writers = writers
         self.keep = keep
         self.nonce = nonce
+        self.broadcast = slots > 0
+        self.slots = slots or 1
+        self.drop = drop
+        self.part = capacity // MARKS
         self.readers_offset = HEADER_BYTES + writers * LANE_BYTES
-        self.cursors_offset = self.readers_offset + READER_BYTES
-        self.used_offset = self.cursors_offset + writers * CURSOR_BYTES
-        self.lanes_offset = round_up(self.used_offset + writers + 1, PAGE)
+        self.cursors_offset = self.readers_offset + self.slots * READER_BYTES
+        self.used_offset = self.cursors_offset + self.slots * writers * CURSOR_BYTES
+        self.asleep_offset = round_up(self.used_offset + writers + 1, ASLEEP_BYTES)
+        self.marks_offset = self.asleep_offset + (ASLEEP_BYTES if self.broadcast else 0)
+        self.lanes_offset = round_up(self.marks_offset + (writers * MARKS * MARK_BYTES if drop else 0), PAGE)
         self.segment_bytes = self.lanes_offset + writers * capacity
-        self.max_message = capacity - RECORD_HEADER
+        # What is given up for a message has to leave the one before it, and a part.
+        self.max_message = (capacity // 2 if drop else capacity) - RECORD_HEADER
 
     def lane_block(self, lane: int) -> int:
         return HEADER_BYTES + lane * LANE_BYTES
 
-    def cursor(self, lane: int) -> int:
-        return self.cursors_offset + lane * CURSOR_BYTES
+    def reader_block(self, slot: int) -> int:
+        return self.readers_offset + slot * READER_BYTES
+
+    def cursor(self, lane: int, slot: int = 0) -> int:
+        return self.cursors_offset + (slot * self.writers + lane) * CURSOR_BYTES
+
+    def marks(self, lane: int) -> int:
+        return self.marks_offset + lane * MARKS * MARK_BYTES
 
     def lane_bytes(self, lane: int) -> int:
         return self.lanes_offset + lane * self.capacity
@@ -202,16 +248,28 @@ def is_name(name: str) -> bool:
     return True
 
 
-def new_layout(capacity: int, writers: int, readers: str, keep: bool) -> Layout:
+def new_layout(
+    capacity: int, writers: int, readers: str, keep: bool, max_readers: int = 8, lag: str = "block"
+) -> Layout:
     """Check what a caller of `create` asked for, and give the ring a shape and a nonce."""
-    for what, value, most in (("capacity", capacity, MAX_CAPACITY), ("writers", writers, MAX_WRITERS)):
+    for what, value, most in (
+        ("capacity", capacity, MAX_CAPACITY),
+        ("writers", writers, MAX_WRITERS),
+        ("max_readers", max_readers, MAX_READERS),
+    ):
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{what} is an int, not {type(value).__name__}")
         if not 1 <= value <= most:
             raise ValueError(f"{what} is 1 to {most:,}, not {value:,}")
     if readers not in READERS:
         raise ValueError(f"readers={readers!r}: this version knows {', '.join(map(repr, READERS))}")
-    return Layout(round_up(capacity, PAGE), writers, bool(keep), os.urandom(16))
+    if lag not in LAGS:
+        raise ValueError(f"lag={lag!r}: it is one of {', '.join(map(repr, LAGS))}")
+    broadcast = readers == "broadcast"
+    if lag == "drop" and not broadcast:
+        raise ValueError(f"lag='drop' is for readers='broadcast'; with readers={readers!r} writers wait")
+    slots = max_readers if broadcast else 0
+    return Layout(round_up(capacity, PAGE), writers, bool(keep), os.urandom(16), slots, lag == "drop")
 
 
 def pack_header(layout: Layout, machine: str) -> bytes:
@@ -223,10 +281,10 @@ def pack_header(layout: Layout, machine: str) -> bytes:
         layout.segment_bytes,
         layout.capacity,
         layout.writers,
-        READERS["one"],
-        1,
-        1,
-        KEEP if layout.keep else 0,
+        READERS["broadcast" if layout.broadcast else "one"],
+        layout.slots,
+        layout.slots,
+        (KEEP if layout.keep else 0) | (DROP if layout.drop else 0),
         0,
         layout.lanes_offset,
         layout.nonce,
@@ -259,11 +317,14 @@ def parse_header(header: bytes, segment_bytes: int | None, machine: str, name: s
         raise RingCorrupted(f"ring {name!r}: the checksum over its header does not fit")
     fields = _HEADER.unpack_from(header)
     _, _, _, size, capacity, writers, readers, slots, rows, flags, _, lanes_offset, nonce = fields
-    layout = Layout(capacity, writers, bool(flags & KEEP), nonce)
-    if readers not in READERS.values() or (slots, rows) != (1, 1):
+    broadcast = readers == READERS["broadcast"]
+    if readers not in READERS.values() or not broadcast and (slots, rows, flags & DROP) != (1, 1, 0):
         raise RingIncompatible(f"ring {name!r} has readers of kind {readers}, unknown to this copy of shmring")
     if capacity % PAGE or not (0 < capacity <= MAX_CAPACITY and 0 < writers <= MAX_WRITERS):
         raise RingCorrupted(f"ring {name!r}: capacity {capacity:,} with {writers:,} lanes cannot be")
+    if slots != rows or not 0 < slots <= MAX_READERS:
+        raise RingCorrupted(f"ring {name!r}: {slots:,} readers with {rows:,} rows of cursors cannot be")
+    layout = Layout(capacity, writers, bool(flags & KEEP), nonce, slots if broadcast else 0, bool(flags & DROP))
     if (size, lanes_offset) != (layout.segment_bytes, layout.lanes_offset):
         raise RingCorrupted(f"ring {name!r}: its header's sizes do not fit together")
     if segment_bytes is not None and size != segment_bytes:

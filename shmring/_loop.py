@@ -38,7 +38,7 @@ class Watch:
 
     def __init__(self, parking: Parking, nothing: Callable[[int], bool]) -> None:
         """`nothing` says whether there is nothing for who needs so much."""
-        self._parking = parking
+        self.parking = parking
         self._nothing = nothing
         self._doorbell: Doorbell = parking.attach()
         self._waiting: list[_Waiting] = []
@@ -53,7 +53,7 @@ class Watch:
             return False
         if quick == BUSY:
             if not self._waiting:
-                self._parking.disarm()
+                self.parking.disarm()
                 self._wake()  # those of another thread's loop that came in between look again
         elif quick > BURST:
             self._quick = BUSY
@@ -77,9 +77,9 @@ class Watch:
             self._listen(loop)
             if len(self._waiting) > 1:
                 needs = min([needs, *(other for _, _, other in list(self._waiting))])
-            if not self._parking.arm(partial(self._nothing, needs), needs, False) or self.closed:
+            if not self.parking.arm(partial(self._nothing, needs), needs, False) or self.closed:
                 self._wake()  # there is something for one of them, maybe not for us: let all of them run
-            if not self._parking.fenced:
+            if not self.parking.fenced:
                 soon = time.perf_counter() + LOOK_AGAIN
                 deadline = soon if deadline is None else min(soon, deadline)
             if deadline is not None:
@@ -112,7 +112,7 @@ class Watch:
         if not self.closed:
             try:
                 try:
-                    self._parking.hear()
+                    self.parking.hear()
                 finally:
                     self._wake(asyncio._get_running_loop())
             except BaseException:

@@ -61,6 +61,7 @@ TIGHT: Final = 5e-6
 # needs. It is never more than what is free when the reader has taken everything, and the reader rings before it parks.
 ROOM: Final = 4
 PATIENCE: Final = 0.01
+MOURNING: Final = 0.1  # seconds after which a broadcast ring's writer asks whether the readers that it waits for live
 OPEN_AGAIN: Final = 0.002  # seconds between two tries of `open` with a timeout, or two looks for somebody to come
 
 _open_rings: dict[int, weakref.ref[Ring]] = {}
@@ -98,7 +99,8 @@ class RingStats(NamedTuple):
 
     Bytes are positions: payloads with their framing (8 bytes and up to 7 of padding a message, and the
     rest of a lane where a message did not fit). They are exact; messages may lag by one for each
-    process that was killed, and all are read one after another while the ring goes on.
+    process that was killed, and all are read one after another while the ring goes on. What is out of a
+    broadcast ring is what its slowest reader has read (or lost); with no reader, all of it.
     """
 
     messages_in: int
@@ -116,7 +118,7 @@ class RingStats(NamedTuple):
 
 
 class Ring:
-    """A named ring in shared memory: any number of writers, each with a lane of its own, and one reader.
+    """A named ring in shared memory: any number of writers, each with a lane of its own, and one or several readers.
 
     Make one with `Ring.create` or `Ring.open`, not with the constructor. A handle is safe for threads.
     Its roles are taken when they are first used: the first write claims a lane, the first read claims
@@ -143,8 +145,8 @@ class Ring:
 
     def _take_up(self) -> None:
         """Begin with no role; also in a forked child, where the parent's states must not be used."""
-        self._writer = Writer(self._segment)
         self._reader = Reader(self._segment)
+        self._writer = Writer(self._segment, self._reader)
         sides = self._writer, self._reader
         self._ending = Monitor(partial(_ending, *sides, self._segment), sides)
         self._send = self._writer.monitor.steps.send
@@ -162,6 +164,8 @@ class Ring:
         *,
         writers: int = 64,
         readers: str = "one",
+        max_readers: int = 8,
+        lag: str = "block",
         mode: int = 0o600,
         keep: bool = False,
         replace: bool = False,
@@ -177,7 +181,14 @@ class Ring:
             capacity: Bytes for each lane, framing included; rounded up to a multiple of 4096 (see
                 `capacity`). The memory of a lane is taken when the lane is first claimed.
             writers: Lanes, that is, handles that can write at a time; 1 to 4096.
-            readers: "one": one handle reads, a second one that tries gets RingBusy.
+            readers: "one": one handle reads, a second one that tries gets RingBusy. "broadcast": each of several
+                handles reads every message that is written after it has joined; see `join`.
+            max_readers: Handles that can read a broadcast ring at a time; 1 to 64.
+            lag: What happens in a broadcast ring when a reader lags by a whole lane. "block": writers wait for the
+                slowest living reader; for a dead one a tenth of a second at most; for nobody if there is none.
+                "drop": writers never wait. A reader that was overtaken gets MessagesLost with their exact number,
+                once, and goes on with the oldest message that is still there; a lane's oldest sixteenth is
+                overwritten at a time, and a message is at most half of a lane long.
             mode: Permissions of the ring, whatever the umask; the owner must be able to read and write. On Windows
                 they are checked and not used: its objects have the security that the process gives all it makes.
                 On macOS they make no difference: the ring lies in a folder of this user's alone.
@@ -196,7 +207,7 @@ class Ring:
             OSError: The system says no: ENOSPC without memory for the control words, EACCES, ...
         """
         _layout.check_name(name)
-        layout = _layout.new_layout(capacity, writers, readers, keep)
+        layout = _layout.new_layout(capacity, writers, readers, keep, max_readers, lag)
         if not isinstance(mode, int) or mode & ~0o777 or mode & 0o600 != 0o600:
             raise ValueError(f"mode is permission bits of which 0o600 are set, not {mode!r}")
         _check_spin(spin)
@@ -596,6 +607,17 @@ class Ring:
     def __iter__(self) -> Iterator[bytes]:
         return self.messages()
 
+    def join(self) -> None:
+        """Take a reader's role now, not with the first read: of a broadcast ring it gets what is written from now on.
+
+        Doing it again does nothing. The role ends with `close`, or when the process dies.
+
+        Raises:
+            RingBusy: There are as many living readers as the ring was made for.
+            RingClosed: The handle is closed.
+        """
+        self._parking_of_reader()
+
     # ------------------------------------------------------------ event loops
 
     def attach_doorbell(self) -> Doorbell:
@@ -730,7 +752,7 @@ class Ring:
                     raise self._is_closed()
                 watch = self._watch(writer, writer.parking, writer.nothing)
             try:
-                await watch.wait(wanted, deadline)
+                await watch.wait(wanted, self._look_again(watch.parking, deadline))
             except MonitorClosed:
                 raise self._is_closed() from None
 
@@ -834,9 +856,15 @@ class Ring:
                     continue
                 raise RingTimeout(f"{what} ring {self.name!r} within the timeout")
             try:
-                parking.park(nothing, needs(), deadline)
+                parking.park(nothing, needs(), self._look_again(parking, deadline))
             except MonitorClosed:
                 raise self._is_closed() from None
+
+    def _look_again(self, parking: Parking, deadline: float | None) -> float | None:
+        """When who parks there is to look again: a broadcast ring's writer is not woken by a reader that was killed."""
+        if parking is self._writer.parking and self._segment.layout.broadcast:
+            return _earlier(time.perf_counter() + MOURNING, deadline)
+        return deadline
 
     # ------------------------------------------------------------ life
 
@@ -926,7 +954,7 @@ class Ring:
 
     @property
     def max_message(self) -> int:
-        """Bytes in the longest message that can be written: `capacity` less the 8 of its length."""
+        """Bytes in the longest message that can be written: `capacity`, with ``lag="drop"`` half of it, less 8."""
         return self._segment.layout.max_message
 
     @property
@@ -948,7 +976,7 @@ class Ring:
         segment = self._segment
         if self._closed:
             raise self._is_closed()
-        seen = survey(segment)
+        seen = survey(segment, self._reader.slot if self._reader.claimed else -1)
         return RingStats(
             messages_in=sum(seen.put),
             messages_out=sum(seen.taken),
@@ -990,7 +1018,7 @@ class Ring:
         segment, reader = self._segment, self._reader
         if self._closed:
             raise self._is_closed()
-        return int(reader.claimed) + segment.claimed(_layout.READER, 1)
+        return int(reader.claimed) + segment.claimed(_layout.READER, segment.layout.slots)
 
     def wait_for_writer(self, timeout: float | None = None) -> bool:
         """Wait until a handle has written, or tried to, and is still there: until `writers_alive` is not 0.

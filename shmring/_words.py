@@ -42,6 +42,33 @@ between clearing and waking, or a late clear that hits the next epoch, would los
 once per epoch and remembers which. A waker that dies between W3 and W5 is made good by whoever takes
 its role next: a claimant first rings everybody parked on the other side (C1).
 
+A broadcast ring has several readers, each with a cursor on every lane. The writer's W1 is then the least
+read_pos of those that have joined, and its W5 looks at each. Who comes:
+
+    J1  make `joined` odd: another number than all before
+    J2  fence, and make every writer fence
+    J3  look at write_pos, and store that as its read_pos: what it reads begins there
+
+A writer that does not see J1 in its W1 looked before J2, and what it had published by then J3 finds; it
+takes its room from there, so it ends within a lane's length of what the reader begins with. One that sees J1
+but not yet J3 sees an old read_pos, and waits until it is rung, as whoever claims a role rings (C1). Who leaves
+makes `joined` even and rings the writers that sleep (R4, R5). Of one that was killed a writer asks the kernel when it
+has no room: `joined` is stored while the claim is held, so an odd one without a claim is a dead one's, and its number
+is remembered. Nobody rings then, so such a writer looks again after a while.
+
+Where writers do not wait (``lag="drop"``) a reader finds out that what it has copied was being written over:
+
+    writer                                     reader
+    D1  store given_up: what lies a lane's     R1  look at write_pos
+        length before this is lost             R2  copy the record
+    W2  store the record                       D2  look at given_up: is the record behind it still?
+    W3  store write_pos
+
+D1 before W2, R2 before D2: a reader that has copied one byte of the new record sees the new given_up. It grows by a
+part of the lane at a time. For the first record that begins in a part the writer stores a mark after D1, so that a
+reader that was overtaken finds the oldest record that was not given up, and how many there were before it: the
+mark's place is used again only after its part was given up, so a mark that lies behind given_up is whole.
+
 The locked instruction of W4 and R4 would cost more than all the rest, so where the system can make
 the other side fence (S3: Linux, membarrier) wakers that have registered leave theirs out.
 """
@@ -53,15 +80,15 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from itertools import islice
 from typing import Any, Final, NamedTuple, Optional, Protocol
 
 from . import _layout
-from ._errors import BufferTooSmall, MessageTooLarge, RingBusy, RingCorrupted
-from ._layout import PADDING, RECORD_HEADER, Layout, place, record_bytes
+from ._errors import BufferTooSmall, MessagesLost, MessageTooLarge, RingBusy, RingCorrupted
+from ._layout import MARKS, PADDING, RECORD_HEADER, Layout, place, record_bytes, round_up
 from ._monitor import Monitor, MonitorClosed
 
 PACKED: Final = 1024  # bytes; messages up to this go in by struct, one call for length and payload
@@ -99,6 +126,7 @@ class Segment(Protocol):
 
     def claim(self, byte: int) -> bool: ...
     def release(self, byte: int) -> None: ...
+    def is_claimed(self, byte: int) -> bool: ...
     def reserve(self, offset: int, nbytes: int) -> None: ...
     def back(self, offset: int, nbytes: int) -> None: ...
     def order_fence(self) -> Fence: ...
@@ -359,7 +387,8 @@ class Parking:
         fenced: Wakers could be made to fence when the doorbell was armed. Else it may stay silent; look again soon.
     """
 
-    def __init__(self, segment: Segment, parked: int, parks: int, bell: int, wanted: int = 0) -> None:
+    def __init__(self, segment: Segment, parked: int, parks: int, bell: int, wanted: int = 0, asleep: int = 0) -> None:
+        """Offsets in the segment; without `wanted` or `asleep` there is no such thing."""
         self._segment = segment
         self._parked, self._parks, self._bell, self._wanted = parked >> 3, parks >> 3, bell, wanted >> 3
         self._sleepers: dict[object, int] = {}  # what each needs
@@ -371,6 +400,9 @@ class Parking:
         self._armed: tuple[int, object] = -1, None
         # The last one here may have died asleep, or with a doorbell; the numbers go on from there.
         _make_even(segment.words, self._parked)
+        self._asleep = asleep
+        if asleep:
+            segment.map[asleep] = 0
         self._state = (bell + _layout.DOORBELL) >> 3
         segment.words[self._state] = segment.words[self._state] & ~3 & WORD
         self._monitor = Monitor(self._steps)
@@ -378,7 +410,7 @@ class Parking:
     def _steps(self) -> Generator[Any, Any, None]:
         words, note, sleepers = self._segment.words, self._segment.note, self._sleepers
         order = self._segment.order_fence()
-        parked, state = self._parked, self._state
+        parked, state, asleep = self._parked, self._state, self._asleep
         noted: object = None
         while True:
             sleeper, needs = yield noted
@@ -394,6 +426,8 @@ class Parking:
                 sleepers.pop(sleeper, None)
                 if not sleepers:
                     _make_even(words, parked)  # S6
+                    if asleep:
+                        self._segment.map[asleep] = 0
                 continue
             noted = note(self._bell)  # S1
             sleepers[sleeper] = needs
@@ -408,6 +442,9 @@ class Parking:
                 order()  # ORDER S1 before S2
             words[self._parks] = words[self._parks] + 1 & WORD
             words[parked] = (words[parked] + 255 & ~255 | 1) & WORD  # S2: the next odd epoch
+            if asleep:
+                # No order between the two: who does not see either of them published before S4 looks.
+                self._segment.map[asleep] = 1
 
     def park(self, nothing: Callable[[], bool], needs: int, deadline: float | None) -> None:
         """Sleep if there is `nothing` to do, until rung, or `deadline`, or for no reason at all."""
@@ -505,13 +542,16 @@ class Writer:
     None when all of it is done, or the read_pos that is wanted for more room, an int (maybe `RESERVED`).
     """
 
-    def __init__(self, segment: Segment) -> None:
+    def __init__(self, segment: Segment, reader: Reader | None = None) -> None:
+        """`reader` is the same handle's, whose claim is no other handle's."""
         self._segment = segment
+        self._reader = reader
         self._lane = -1  # also while a claim is tried: an exception right after it must not lose it
-        self._rung = 0  # the reader's epoch that this handle last rang
+        self._rung = [0] * segment.layout.slots  # each reader's epoch that this handle last rang
+        self._gone = [0] * segment.layout.slots  # `joined` of each reader that was found dead
+        self._marked = -1  # the last part of the lane that has its mark
         # Of the claimed lane: where its bytes begin, and the indices of its words.
         self._first = self._write_pos = self._messages_in = self._read_pos = 0
-        self._reader_parked = (segment.layout.readers_offset + _layout.READER_PARKED) >> 3
         self._bytes = memoryview(segment.map)
         self._free = 0  # up to here messages in place may go without another look
         self._reserved: Reserve | None = None  # nothing else is written meanwhile
@@ -527,7 +567,9 @@ class Writer:
 
     @property
     def read_pos(self) -> int:
-        """How far the reader has come in the claimed lane, in bytes."""
+        """How far the reader, or the slowest, has come in the claimed lane, in bytes."""
+        if self._segment.layout.broadcast:
+            return self._slowest(self._lane, self.write_pos)
         return self._segment.words[self._read_pos]
 
     @property
@@ -617,23 +659,61 @@ class Writer:
     def _positions(self, lane: int) -> tuple[int, int]:
         """The read_pos and then the write_pos of any lane."""
         words, layout = self._segment.words, self._segment.layout
+        write_pos = (layout.lane_block(lane) + _layout.WRITE_POS) >> 3
+        if layout.broadcast:
+            pos = words[write_pos]
+            return self._slowest(lane, pos), pos
         read_pos = words[(layout.cursor(lane) + _layout.READ_POS) >> 3]
-        return read_pos, words[(layout.lane_block(lane) + _layout.WRITE_POS) >> 3]
+        return read_pos, words[write_pos]
+
+    def _slowest(self, lane: int, pos: int) -> int:
+        """Of a broadcast ring: how far its slowest reader has come in a lane that is written to `pos`."""
+        words, layout = self._segment.words, self._segment.layout
+        slowest = pos  # with nobody there, nobody misses anything
+        if not layout.drop:
+            for slot, gone in enumerate(self._gone):
+                joined = words[(layout.reader_block(slot) + _layout.JOINED) >> 3]
+                if joined & 1 and joined != gone:
+                    if self._order:
+                        self._order()  # ORDER joined before read_pos, as they were stored
+                    read_pos = words[(layout.cursor(lane, slot) + _layout.READ_POS) >> 3]
+                    slowest = min(slowest, read_pos)
+        # One that takes a dead one's place has that one's read_pos for a moment.
+        return max(slowest, pos - layout.capacity)
+
+    def _bury(self) -> bool:
+        """Find out which readers have died, to wait for them no more. Was there one?"""
+        words, layout = self._segment.words, self._segment.layout
+        found = False
+        for slot in range(layout.slots):
+            joined = words[(layout.reader_block(slot) + _layout.JOINED) >> 3]
+            ours = self._reader is not None and self._reader.slot == slot
+            if joined & 1 and joined != self._gone[slot] and not ours:
+                # It joined with the claim in hand, and gives it up after it has left.
+                if not self._segment.is_claimed(_layout.READER + slot):
+                    self._gone[slot] = joined
+                    found = True
+        return found
 
     def _ring(self) -> None:
-        """W5, when the reader is asleep."""
-        epoch = self._segment.words[self._reader_parked]
-        if epoch & 1 and epoch != self._rung:
-            if self._order:
-                self._order()  # ORDER epoch before doorbell, as they were stored
-            rung = self._segment.ring(self._segment.layout.readers_offset + _layout.READER_BELL)
-            self._rung = epoch if rung else 0  # after it: an exception in between rings twice, which harms nobody
+        """W5, when a reader is asleep."""
+        segment, layout = self._segment, self._segment.layout
+        for slot in range(layout.slots):
+            block = layout.reader_block(slot)
+            epoch = segment.words[(block + _layout.READER_PARKED) >> 3]
+            if epoch & 1 and epoch != self._rung[slot]:
+                if self._order:
+                    self._order()  # ORDER epoch before doorbell, as they were stored
+                rung = segment.ring(block + _layout.READER_BELL)
+                self._rung[slot] = epoch if rung else 0  # after it: an exception in between rings twice, harmlessly
 
     def _make_good(self) -> None:
         """C1: the writer before, or this one before an exception, may have ended between W3 and W5."""
         if self._fence:
             self._fence()  # the doorbell's state is looked at after what was published
-        self._segment.ring(self._segment.layout.readers_offset + _layout.READER_BELL)
+        layout = self._segment.layout
+        for slot in range(layout.slots):
+            self._segment.ring(layout.reader_block(slot) + _layout.READER_BELL)
 
     def _publish(self, pos: int, messages: int) -> None:
         """W3 to W5: all before `pos` may be read, `messages` more than before."""
@@ -644,8 +724,7 @@ class Writer:
         words[self._messages_in] = words[self._messages_in] + messages & WORD
         if self._fence:
             self._fence()  # W4
-        if words[self._reader_parked] & 1:  # W5
-            self._ring()
+        self._ring()  # W5
 
     def _room(self, pos: int, step: int) -> tuple[int, int, int]:
         """Look for room at `pos` for a record of `step` bytes, after padding where the lane ends.
@@ -658,7 +737,9 @@ class Writer:
             if not self._reserved.is_over(segment.name):
                 return pos, pos, RESERVED
             self._reserved = None
-        read_pos = segment.words[self._read_pos]  # W1, STALE OK: too small only makes us wait once more
+        if segment.layout.drop:
+            return self._give_up(pos, step)
+        read_pos = self.read_pos  # W1, STALE OK: too small only makes us wait once more
         if self._order:
             self._order()  # ORDER W1 before W2, else we write over what is still being copied
         if not 0 <= pos - read_pos <= capacity or (read_pos | pos) & 7 or pos >= POSITIONS:
@@ -667,11 +748,60 @@ class Writer:
                 f"which a capacity of {capacity:,} does not allow"
             )
         padding, wanted = place(pos, read_pos, step, capacity)
+        if wanted and segment.layout.broadcast and self._bury():
+            return self._room(pos, step)
         if padding:
             segment.words[(self._first + pos % capacity) >> 3] = PADDING  # W2
             pos += padding
             self._publish(pos, 0)
         return pos, min(read_pos + capacity, pos - pos % capacity + capacity), wanted
+
+    def _give_up(self, pos: int, step: int) -> tuple[int, int, int]:
+        """`_room` where writers do not wait: what was written a lane's length before is no more."""
+        capacity, part = self._segment.layout.capacity, self._segment.layout.part
+        given_up = self._segment.words[(self._segment.layout.lane_block(self._lane) + _layout.GIVEN_UP) >> 3]
+        if not pos <= given_up <= pos + capacity or pos & 7 or pos >= POSITIONS:
+            raise RingCorrupted(
+                f"ring {self._segment.name!r}: lane {self._lane} was written to {pos:,} and given up to {given_up:,}, "
+                f"which a capacity of {capacity:,} does not allow"
+            )
+        tail = capacity - pos % capacity
+        if step > tail:
+            self._announce(pos, tail)
+            self._segment.words[(self._first + pos % capacity) >> 3] = PADDING  # W2
+            pos += tail
+            self._publish(pos, 0)
+        self._announce(pos, step)
+        # Who begins in another part comes here again: for its mark.
+        return pos, max(pos + step, round_up(pos + 1, part)), 0
+
+    def _announce(self, pos: int, nbytes: int) -> None:
+        """Before so many bytes at `pos` are written: give up what was there, and mark the part that begins here."""
+        words, layout, order = self._segment.words, self._segment.layout, self._order
+        given_up = (layout.lane_block(self._lane) + _layout.GIVEN_UP) >> 3
+        until = round_up(pos + nbytes, layout.part)
+        if words[given_up] < until:
+            words[given_up] = until  # D1
+            if order:
+                order()  # ORDER D1 before W2 and the marks, else a reader takes what is new for what was there
+        number = pos // layout.part
+        while self._marked < number:
+            mark = (layout.marks(self._lane) + (self._marked + 1) % MARKS * _layout.MARK_BYTES) >> 3
+            words[mark + (_layout.MARK_COUNT >> 3)] = words[self._messages_in]
+            if order:
+                order()  # ORDER mark_count before mark_pos, by which a reader knows the mark
+            words[mark + (_layout.MARK_POS >> 3)] = pos
+            self._marked += 1
+
+    def _take_up_marks(self) -> None:
+        """Go on where the lane's last writer ended, wherever that was: with its marks, and with an exact count."""
+        words, layout = self._segment.words, self._segment.layout
+        pos = words[self._write_pos]
+        self._marked, mark_pos, count = find_mark(words, layout, self._lane, pos)
+        more = count_records(words, layout, self._lane, mark_pos, pos)
+        if self._marked < 0 or more < 0 or count + more >= POSITIONS:
+            raise RingCorrupted(f"ring {self._segment.name!r}: lane {self._lane} has no mark before {pos:,}")
+        words[self._messages_in] = count + more
 
     def _serve(self, request: Any) -> int | None:
         """Requests that are not one message as it comes."""
@@ -702,9 +832,10 @@ class Writer:
         segment, size = self._segment, request.size
         pos, step = segment.words[self._write_pos], record_bytes(size)
         if pos + step > self._free or self._reserved is not None:
-            pos, self._free, wanted = self._room(pos, step)
+            pos, free, wanted = self._room(pos, step)
             if wanted:
                 return wanted
+            self._free = 0 if segment.layout.drop else free  # less may be published, and then the next part begin there
         at = self._first + pos % segment.layout.capacity
         request.pos, request.at = pos, at
         at += RECORD_HEADER
@@ -755,15 +886,26 @@ class Writer:
             batch.done += taken
         return None
 
+    def _sleepers(self) -> tuple[Any, int]:
+        """What tells by one load that no reader sleeps, and where: an epoch's lowest byte, or a byte for each."""
+        layout = self._segment.layout
+        if not layout.broadcast:
+            return self._segment.map, layout.readers_offset + _layout.READER_PARKED
+        if layout.slots <= 8:
+            return self._segment.words, layout.asleep_offset >> 3
+        return _Any(self._segment.map, layout.asleep_offset, layout.asleep_offset + layout.slots), 0
+
     def _steps(self) -> Generator[Any, Any, None]:
         segment = self._segment
         layout, words, ring, order = segment.layout, segment.words, segment.map, self._order
         capacity, max_message = layout.capacity, layout.max_message
-        reader_parked = layout.readers_offset + _layout.READER_PARKED
+        sleepers, reader_parked = self._sleepers()
         data = yield
         try:
             if self.parking is None:
                 self._claim()
+            if layout.drop:
+                self._take_up_marks()
             self._make_good()
             fence = self._fence
             write_pos, messages_in, first = self._write_pos, self._messages_in, self._first
@@ -805,7 +947,7 @@ class Writer:
                     words[messages_in] = count = count + 1
                     if fence:
                         fence()  # W4
-                    if ring[reader_parked]:  # W5
+                    if sleepers[reader_parked]:  # W5
                         self._ring()
                     data = None
                     data = yield None
@@ -821,6 +963,45 @@ class Writer:
             raise
 
 
+class _Any:
+    """Is one of these bytes not zero? To be asked by a subscript."""
+
+    def __init__(self, buffer: mmap.mmap, start: int, stop: int) -> None:
+        self._buffer, self._start, self._stop = buffer, start, stop
+
+    def __getitem__(self, _: int) -> bool:
+        return self._buffer.find(b"\1", self._start, self._stop) >= 0
+
+
+# ---------------------------------------------------------------- marks, where who lags loses messages
+
+
+def find_mark(words: memoryview, layout: Layout, lane: int, pos: int, order: Fence = None) -> tuple[int, int, int]:
+    """The last mark of a lane that is at `pos` or before it: the number of its part, its position, and its count."""
+    marks = layout.marks(lane) >> 3
+    for number in range(pos // layout.part, max(-1, pos // layout.part - MARKS), -1):
+        mark = marks + number % MARKS * (_layout.MARK_BYTES >> 3)
+        mark_pos = words[mark + (_layout.MARK_POS >> 3)]
+        if order:
+            order()  # ORDER mark_pos before mark_count, as they were stored
+        if number * layout.part <= mark_pos <= pos:
+            return number, mark_pos, words[mark + (_layout.MARK_COUNT >> 3)]
+    return -1, pos, 0
+
+
+def count_records(words: memoryview, layout: Layout, lane: int, start: int, stop: int) -> int:
+    """How many messages lie from one position in a lane to another; -1 if these are no records."""
+    count, first, capacity = 0, layout.lane_bytes(lane), layout.capacity
+    while start < stop:
+        size = words[(first + start % capacity) >> 3]
+        if size == PADDING:
+            start += capacity - start % capacity
+        else:
+            start += record_bytes(size)
+            count += 1
+    return count if start == stop else -1
+
+
 # ---------------------------------------------------------------- reading
 
 
@@ -828,14 +1009,15 @@ class _Lane:
     """One lane as its reader sees it: where its words are, and how far it has been read."""
 
     __slots__ = (
-        "backed", "bell", "count", "damage", "end", "first", "messages_out", "number", "parked", "pos", "read_pos",
-        "rung", "top", "wanted", "write_pos",
+        "backed", "bell", "count", "damage", "end", "first", "given_up", "messages_out", "number", "parked", "pos",
+        "read_pos", "rung", "top", "wanted", "write_pos",
     )  # fmt: skip
 
-    def __init__(self, layout: Layout, number: int) -> None:
-        block, cursor = layout.lane_block(number), layout.cursor(number)
+    def __init__(self, layout: Layout, number: int, slot: int = 0) -> None:
+        block, cursor = layout.lane_block(number), layout.cursor(number, slot)
         self.number = number
         self.write_pos = (block + _layout.WRITE_POS) >> 3
+        self.given_up = (block + _layout.GIVEN_UP) >> 3
         self.parked = (block + _layout.WRITER_PARKED) >> 3
         self.wanted = (block + _layout.WRITER_WANTED) >> 3
         self.bell = block + _layout.WRITER_BELL
@@ -865,7 +1047,8 @@ class Reader:
         self._borrowed: Borrow | None = None  # nothing else is read meanwhile
         self._fence: Fence = None
         self._order = segment.order_fence()
-        self._tried = False
+        self._drops = segment.layout.drop
+        self.slot = -1  # also while a claim is tried
         self.parking: Parking | None = None
         self.monitor = Monitor(self._steps)
 
@@ -892,8 +1075,10 @@ class Reader:
         borrowed, self._borrowed = self._borrowed, None
         if borrowed is not None and not borrowed.released():
             return borrowed.view
-        if self._tried:
-            self._segment.release(_layout.READER)
+        if self.slot >= 0:
+            if self.parking is not None:
+                self._leave()
+            self._segment.release(_layout.READER + self.slot)
         return None
 
     def nothing(self) -> bool:
@@ -928,15 +1113,113 @@ class Reader:
 
     def _claim(self) -> None:
         segment, layout = self._segment, self._segment.layout
-        self._tried = True
-        if not segment.claim(_layout.READER):
-            self._tried = False
-            raise RingBusy(f"ring {segment.name!r} has a living reader, and was made for one (readers='one')")
+        for slot in range(max(0, self.slot), layout.slots):
+            self.slot = slot
+            if segment.claim(_layout.READER + slot):
+                break
+        else:
+            self.slot = -1
+            if not layout.broadcast:
+                raise RingBusy(f"ring {segment.name!r} has a living reader, and was made for one (readers='one')")
+            raise RingBusy(
+                f"ring {segment.name!r} has {layout.slots} living readers; "
+                f"close one, or create the ring with a larger max_readers= (it was max_readers={layout.slots})"
+            )
         self._fence = segment.waker_fence()
-        reader = layout.readers_offset
+        if layout.broadcast:
+            self._join()
+        reader = layout.reader_block(self.slot)
+        asleep = layout.asleep_offset + self.slot if layout.broadcast else 0
         self.parking = Parking(
-            segment, reader + _layout.READER_PARKED, reader + _layout.READER_PARKS, reader + _layout.READER_BELL
+            segment,
+            reader + _layout.READER_PARKED,
+            reader + _layout.READER_PARKS,
+            reader + _layout.READER_BELL,
+            asleep=asleep,
         )
+
+    def _join(self) -> None:
+        """Have the writers of a broadcast ring wait for us, for what is published from now on."""
+        segment, layout, words = self._segment, self._segment.layout, self._segment.words
+        joined = (layout.reader_block(self.slot) + _layout.JOINED) >> 3
+        if words[joined] & 1:
+            words[joined] = words[joined] + 1 & WORD  # the reader before was killed
+        words[joined] = words[joined] + 1 & WORD  # J1
+        if not segment.sleeper_fence():  # J2
+            time.sleep(0.01)  # nobody can make the writers fence: what they have stored has arrived after that
+        for number in range(layout.writers):
+            lane = _Lane(layout, number, self.slot)
+            pos = words[lane.write_pos]  # J3
+            count = words[(layout.lane_block(number) + _layout.MESSAGES_IN) >> 3]
+            with suppress(RingCorrupted):  # said when it is read
+                while self._drops:
+                    count = self._count(lane, pos)
+                    if count >= 0:
+                        break
+                    pos = words[lane.write_pos]
+            words[lane.messages_out] = max(0, count)
+            words[lane.read_pos] = pos  # J3
+
+    def _count(self, lane: _Lane, pos: int) -> int:
+        """Where writers do not wait: how many messages there were before `pos`, exactly; -1 if that is lost already."""
+        words, layout = self._segment.words, self._segment.layout
+        if self._order:
+            self._order()  # ORDER write_pos before mark_pos
+        number, mark_pos, count = find_mark(words, layout, lane.number, pos, self._order)
+        more = count_records(words, layout, lane.number, mark_pos, pos)
+        if self._lapped(lane, mark_pos):
+            return -1
+        if number < 0 or more < 0 or count + more >= POSITIONS:
+            raise self._damaged(lane, pos, "it has no mark before")
+        return count + more
+
+    def _recount(self) -> None:
+        """An exception may have come between a read_pos and the count of it."""
+        words = self._segment.words
+        for lane in self._lanes:
+            with suppress(RingCorrupted):
+                count = -1 if lane.damage else self._count(lane, words[lane.read_pos])
+                if count >= 0:
+                    words[lane.messages_out] = count
+
+    def _leave(self) -> None:
+        """Have no writer of a broadcast ring wait for us any longer."""
+        words = self._segment.words
+        joined = (self._segment.layout.reader_block(self.slot) + _layout.JOINED) >> 3
+        if self._segment.layout.broadcast:
+            if words[joined] & 1:
+                words[joined] = words[joined] + 1 & WORD
+            self._make_good()  # also if an exception came before it the last time
+
+    def _lapped(self, lane: _Lane, pos: int) -> bool:
+        """Where writers do not wait: may what lies at `pos` have been written over, when it had been copied?"""
+        if self._order:
+            self._order()  # ORDER R2 before D2
+        return self._segment.words[lane.given_up] > pos + self._segment.layout.capacity  # D2
+
+    def _pass_over(self, lane: _Lane, pos: int, count: int) -> bool:
+        """Go on with the oldest message that is there, if what lies at `pos` is not. Was that so?
+
+        Raises:
+            MessagesLost: There were messages in between.
+        """
+        if not self._lapped(lane, pos):
+            return False
+        layout, words = self._segment.layout, self._segment.words
+        while True:
+            given_up = words[lane.given_up]
+            if self._order:
+                self._order()  # ORDER given_up before mark_pos; the mark is stored anew once it was given up as well
+            mark = (layout.marks(lane.number) + given_up // layout.part % MARKS * _layout.MARK_BYTES) >> 3
+            mark_pos, mark_count = words[mark + (_layout.MARK_POS >> 3)], words[mark + (_layout.MARK_COUNT >> 3)]
+            if not self._lapped(lane, given_up - layout.capacity):
+                break
+        if not pos < mark_pos <= given_up or not count <= mark_count < POSITIONS or mark_pos & 7:
+            raise self._damaged(lane, pos, f"its mark at {mark_pos:,} cannot be")
+        self._free(lane, mark_pos, mark_count)
+        if mark_count > count:
+            raise MessagesLost(self._segment.name, mark_count - count, lane.number)
+        return True
 
     def _make_good(self) -> None:
         """C1: the reader before, or this one before an exception, may have ended between R3 and R5."""
@@ -962,13 +1245,15 @@ class Reader:
         """R1 for every lane: those that have something, the first to be served at the end."""
         layout, words, used = self._segment.layout, self._segment.words, self._segment.map
         while len(self._lanes) < layout.writers and used[layout.used_offset + len(self._lanes)]:
-            lane = _Lane(layout, len(self._lanes))
+            lane = _Lane(layout, len(self._lanes), self.slot)
             lane.pos, lane.count = words[lane.read_pos], words[lane.messages_out] & WORD >> 1
             self._lanes.append(lane)
         turns = []
         for lane in self._lanes:
             lane.end = words[lane.write_pos]  # R1
             if lane.end != lane.pos and not lane.damage:
+                while self._drops and self._pass_over(lane, lane.pos, lane.count):
+                    lane.end = words[lane.write_pos]  # it may have been overtaken again by now
                 self._check(lane, lane.pos)
                 turns.append(lane)
         if len(turns) > 1:
@@ -1045,9 +1330,12 @@ class Reader:
     def _first(self) -> tuple[_Lane, int, int] | None:
         """The lane whose turn it is and that has a record, with the record's position and size; padding is consumed."""
         lanes = self._lanes
-        known = len(lanes) == 1 and lanes[0].pos < lanes[0].end and not lanes[0].damage  # a quarter of a borrow's time
+        # To look no further takes a quarter of a borrow's time.
+        known = len(lanes) == 1 and lanes[0].pos < lanes[0].end and not lanes[0].damage and not self._drops
         for lane in lanes if known else reversed(self._look()):
             pos, size = self._record(lane, lane.pos)
+            if self._drops and self._lapped(lane, lane.pos):
+                return self._first()
             if size < 0:
                 raise self._bad_length(lane, pos)
             if pos != lane.end:
@@ -1072,6 +1360,8 @@ class Reader:
         else:
             message = request.view[:size]
             message[:] = self._bytes[body : body + size]  # R2
+        if self._drops and self._lapped(lane, lane.pos):
+            return self._read_one(request)
         pos += record_bytes(size)
         request.taken.append((lane.read_pos, pos, [message]))
         self._last = lane.number
@@ -1102,6 +1392,10 @@ class Reader:
         body = lane.first + pos % capacity + RECORD_HEADER
         request.lane, request.pos, request.count = lane, pos + record_bytes(size), lane.count + 1
         request.view = self._bytes[body : body + size]
+        if self._drops:
+            request.view = memoryview(bytes(request.view))  # R2: a copy, because nobody waits for the end of the block
+            if self._lapped(lane, lane.pos):
+                return self._borrow(request)
         self._borrowed = request
         self._last = lane.number
         return request.view
@@ -1138,17 +1432,24 @@ class Reader:
             messages: list[bytes] = []
             size = 0
             while len(batch) + len(messages) < most:
+                start = pos
                 pos, size = self._record(lane, pos)
                 if pos == lane.end or size < 0:
                     break
                 run = self._run(lane, pos, size, most - len(batch) - len(messages))
                 at, nbytes = lane.first + pos % capacity, run * record_bytes(size)
                 if run > 1:
-                    messages += split_run(segment.map, at, run, size)  # R2
+                    several = split_run(segment.map, at, run, size)  # R2
                 else:
-                    messages.append(segment.map[at + RECORD_HEADER : at + RECORD_HEADER + size])  # R2
+                    several = [segment.map[at + RECORD_HEADER : at + RECORD_HEADER + size]]  # R2
+                if self._drops and self._lapped(lane, start):
+                    pos = start
+                    break
+                messages += several
                 pos += nbytes
                 count += run
+            if self._drops and self._lapped(lane, pos) and not batch and not messages:
+                return self._read_batch(request)
             if size < 0 and not batch and not messages:
                 raise self._bad_length(lane, pos)  # only once everything whole has been handed over
             batch = batch + messages
@@ -1181,6 +1482,7 @@ class Reader:
         words, ring, order = segment.words, segment.map, self._order
         another_used = segment.layout.used_offset + 1  # a byte that stays zero where there is one lane
         none = lane = _Lane(segment.layout, 0)
+        drops = self._drops
         turns: list[_Lane] = []
         answer: list[Any] = []
         alone = False  # there is one lane in use, and it is `lane`: no need to go round
@@ -1240,7 +1542,7 @@ class Reader:
                             lane.write_pos, lane.read_pos, lane.messages_out, lane.parked << 3
                         )  # fmt: skip
                         base = pos - pos % capacity - lane.first  # the position of the segment's byte 0 in this lap
-                        last = lane.top - step  # up to here a record like the last one fits
+                        last = -1 if drops else lane.top - step  # up to here a record like the last one fits
                 at = pos - base
                 if end - pos == step:
                     following = end
@@ -1267,9 +1569,15 @@ class Reader:
                         message = yield message
                         continue
                     message = None
-                lane.end = end
+                if drops and self._pass_over(lane, pos, count):
+                    lane, pos, turns, alone = none, end, [], False
+                    continue
+                lane.end, start = end, pos
                 self._check(lane, pos)
                 pos, found = self._record(lane, pos)
+                if drops and self._lapped(lane, start):
+                    pos = start
+                    continue
                 if found < 0:
                     raise self._bad_length(lane, pos)
                 if pos == end:
@@ -1280,13 +1588,16 @@ class Reader:
                 if found != size:
                     size, step, unpack = found, record_bytes(found), None
                 base = pos - pos % capacity - lane.first
-                last = lane.top - step
+                last = -1 if drops else lane.top - step
                 at = pos - base
                 run = self._run(lane, pos, size, BURST)
                 if run > 3:
                     burst: Sequence[bytes] = split_run(ring, at, run, size)  # R2
                 else:
                     burst = (ring[at + RECORD_HEADER : at + RECORD_HEADER + size],)  # R2
+                if drops and self._lapped(lane, start):
+                    pos = start
+                    continue
                 for message in burst:
                     if order:
                         order()  # ORDER R2 before R3, as in _free
@@ -1300,7 +1611,7 @@ class Reader:
                     message = yield message
                     if message is not None:
                         break
-        except (GeneratorExit, BufferTooSmall, RingBusy):
+        except (GeneratorExit, BufferTooSmall, MessagesLost, RingBusy):
             raise
         except BaseException:
             if lane is not none and words[lane.read_pos] != given and type(message) is bytes:
@@ -1310,6 +1621,8 @@ class Reader:
             # It may have come between R3 and R5. If another one comes here, the next operation does C1.
             if self.parking is not None:
                 self._make_good()
+                if drops:
+                    self._recount()
             raise
 
 
@@ -1325,6 +1638,7 @@ class Seen(Protocol):
     words: memoryview
 
     def order_fence(self) -> Fence: ...
+    def claimed(self, first: int, count: int) -> int: ...
 
 
 class Survey(NamedTuple):
@@ -1332,8 +1646,8 @@ class Survey(NamedTuple):
 
     written: list[int]  # write_pos
     put: list[int]  # messages_in
-    read: list[int]  # read_pos
-    taken: list[int]  # messages_out
+    read: list[int]  # read_pos, of the slowest reader; of a broadcast ring with none, write_pos
+    taken: list[int]  # messages_out, likewise
     writers_parked: list[int]  # 1: asleep or about to be
     writer_parks: list[int]
     readers_parked: int
@@ -1344,26 +1658,34 @@ class Survey(NamedTuple):
         return min(1.0, max(0, *(end - pos for pos, end in zip(self.read, self.written))) / layout.capacity)
 
 
-def survey(segment: Seen) -> Survey:
-    """Look at the whole ring, one word after the other while it goes on."""
+def survey(segment: Seen, ours: int = -1) -> Survey:
+    """Look at the whole ring, one word after the other while it goes on; `ours` is the slot of our own reader."""
     layout, words = segment.layout, segment.words
     lanes = [layout.lane_block(lane) for lane in range(layout.writers)]
-    cursors = [layout.cursor(lane) for lane in range(layout.writers)]
+    readers = [layout.reader_block(slot) for slot in range(layout.slots)]
+    slots = [0]
+    if layout.broadcast:
+        slots = [slot for slot in range(layout.slots) if slot == ours or segment.claimed(_layout.READER + slot, 1)]
 
-    def column(blocks: list[int], offset: int) -> list[int]:
+    def column(blocks: Iterable[int], offset: int) -> list[int]:
         return [words[(block + offset) >> 3] for block in blocks]
 
+    def consumed(offset: int) -> list[int]:
+        rows = [column((layout.cursor(lane, slot) for lane in range(layout.writers)), offset) for slot in slots]
+        return list(map(min, zip(*rows)))
+
     # What is consumed first: what is written may have grown since then, and never falls below.
-    read, taken = column(cursors, _layout.READ_POS), column(cursors, _layout.MESSAGES_OUT)
+    read, taken = consumed(_layout.READ_POS), consumed(_layout.MESSAGES_OUT)
+    written, put = column(lanes, _layout.WRITE_POS), column(lanes, _layout.MESSAGES_IN)
     return Survey(
-        written=column(lanes, _layout.WRITE_POS),
-        put=column(lanes, _layout.MESSAGES_IN),
-        read=read,
-        taken=taken,
+        written=written,
+        put=put,
+        read=read or written,
+        taken=taken or put,
         writers_parked=[epoch & 1 for epoch in column(lanes, _layout.WRITER_PARKED)],
         writer_parks=column(lanes, _layout.WRITER_PARKS),
-        readers_parked=words[(layout.readers_offset + _layout.READER_PARKED) >> 3] & 1,
-        reader_parks=words[(layout.readers_offset + _layout.READER_PARKS) >> 3],
+        readers_parked=sum(epoch & 1 for epoch in column(readers, _layout.READER_PARKED)),
+        reader_parks=sum(column(readers, _layout.READER_PARKS)),
     )
 
 

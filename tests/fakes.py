@@ -149,6 +149,9 @@ class FakeSegment:
         self.tell(f"claim {byte - _layout.LANE if byte >= _layout.LANE else 'reader'}")
         return self.claims.setdefault(byte, self) is self
 
+    def is_claimed(self, byte):
+        return self.claims.get(byte, self) is not self
+
     def release(self, byte):
         if self.claims.get(byte) is self:
             del self.claims[byte]

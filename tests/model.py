@@ -13,7 +13,7 @@ A program is text, a step a line, with the labels of the diagram in `_words.py` 
     fill [fifo]           make it readable, and let all through who wait; ``wait [fifo] 0`` waits until it is, and
                           ``wait [a] [b] 0`` until one of them is
     x = reset [fifo]      make it unreadable; x says whether it was readable
-    claim role            wait until nobody alive has it, and take it; ``release role``
+    claim role            wait until nobody alive has it, and take it; ``release role``; ``x = held role``: by who lives
     lock m, unlock m      a monitor that two threads of one handle share
     note x = y            say something to the checker, or to the handle's other thread within a monitor
     share x = y           say something to the handle's other thread outside of any, and
@@ -56,7 +56,7 @@ from typing import NamedTuple
 
 RUNNING, ASLEEP, HALTED, ENDED = range(4)
 EVENTS = "halts", "early", "raises"
-LABEL = re.compile(r"([WRS]\d|C1|\w*<\w+) +(.*)")
+LABEL = re.compile(r"([WRSJD]\d|C1|\w*<\w+) +(.*)")
 FORMS = {
     "load": r"(?P<reg>\w+) = \[(?P<cell>\w+)(?: \+ (?P<index>.+))?\]",
     "store": r"\[(?P<cell>\w+)(?: \+ (?P<index>.+?))?\] = (?P<value>.+)",
@@ -67,6 +67,7 @@ FORMS = {
     "wake": r"wake \[(?P<cell>\w+)\]",
     "wait": r"wait \[(?P<cell>\w+)\](?: \[(?P<second>\w+)\])? (?P<value>.+)",
     "claim": r"claim (?P<cell>\w+)",
+    "held": r"(?P<reg>\w+) = held (?P<cell>\w+)",
     "check": r"check (?P<value>.+)",
     "lock": r"lock (?P<cell>\w+)",
     "unlock": r"unlock (?P<cell>\w+)",
@@ -84,7 +85,9 @@ FORMS = {
 }
 LOCAL = {"note", "if", "goto", "check", "set"}  # nobody else can tell when these happen, so they take no time
 # These wait for an empty window.
-DRAINED = {"ring", "wake", "fill", "wait", "signal", "reset", "take", "claim", "release", "fence", "membarrier", "end"}
+DRAINED = {
+    "ring", "wake", "fill", "wait", "signal", "reset", "take", "claim", "held", "release", "fence", "membarrier", "end"
+}  # fmt: skip
 
 
 class Line(NamedTuple):
@@ -192,7 +195,8 @@ class Model:
     """Some processes on one memory.
 
     Args:
-        programs: A name for each process, and its program. "reader..." reads, "writerN..." writes in lane N.
+        programs: A name for each process, and its program. "reader..." reads, "writerN..." writes in lane N. Of a ring
+            that broadcasts the reader "... x" has the cells joined_x, read_posN_x and freedN_x, and the role reader_x.
         memory: "tso" or "free".
         start: What cells hold at first, if not 0; a list makes so many cells one after another.
         events: How often each of EVENTS may happen in one run.
@@ -321,6 +325,10 @@ class Model:
             if step.reg >= 0:
                 regs = self._with(regs, step.reg, mem[step.cell])
             mem = self._put(mem, step.cell, 0)
+        elif kind == "held":
+            holder = mem[step.cell]
+            alive = holder and (procs[holder - 1][1] != HALTED or procs[holder - 1][4])
+            regs = self._with(regs, step.reg, int(bool(alive)))
         elif kind == "claim":
             holder = mem[step.cell]
             if holder and (procs[holder - 1][1] != HALTED or procs[holder - 1][4]):
@@ -466,14 +474,22 @@ class Model:
                 continue
             if self.names[i].startswith("reader"):
                 for lane in range(2):
-                    written, read = cell.get(f"write_pos{lane}", 0), cell.get(f"read_pos{lane}", 0)
+                    written, own = cell.get(f"write_pos{lane}", 0), f"read_pos{lane}_{self.names[i][-1]}"
+                    read = cell.get(own, cell.get(f"read_pos{lane}", 0))
                     if cell.get(f"acked{lane}", 0) > read or written > read and not halted(f"writer{lane}"):
                         return f"lost: {self.names[i]} sleeps, lane {lane} is written to {written} and read to {read}"
             else:
                 lane = self.names[i][6]
                 wanted = regs[self.programs[i].names["wanted"]]
-                read = cell[f"read_pos{lane}"]
-                if cell.get(f"freed{lane}", 0) >= wanted or read >= wanted and not halted("reader"):
+                joined = [name[7:] for name in cell if name.startswith("joined_")]
+                if joined:  # all that are there count
+                    there = [who for who in joined if cell["joined_" + who] % 2]
+                    read = min((cell[f"read_pos{lane}_{who}"] for who in there), default=wanted)
+                    freed = min((cell.get(f"freed{lane}_{who}", 0) for who in there), default=0)
+                    dead = any(halted("reader_" + who) for who in joined)
+                else:
+                    read, freed, dead = cell[f"read_pos{lane}"], cell.get(f"freed{lane}", 0), halted("reader")
+                if freed >= wanted or read >= wanted and not dead:
                     return f"lost: {self.names[i]} sleeps until lane {lane} is read to {wanted}; it is read to {read}"
         return ""
 

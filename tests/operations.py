@@ -9,7 +9,8 @@ import contextlib
 import os
 import select
 
-from harness import Case, Stage, main, message  # noqa: F401 - `main` is called by who starts it
+from harness import NEVER, Case, Ledger, Sleeper, Stage, message
+from harness import main as main  # it is called by who starts it
 from support import WINDOWS, wait_until
 
 from shmring import Ring, RingBusy, unlink
@@ -549,6 +550,258 @@ class WriteAsync(InALoop, BlockedWrite):
         await me.write_async(500)
 
 
+# ---------------------------------------------------------------- several readers
+
+
+class Broadcasting(Writing):
+    """The victim is the only writer; another process has joined before."""
+
+    options = {"readers": "broadcast", "max_readers": 2}
+
+    def scene(self, stage):
+        stage.audience = stage.actor("y")
+        stage.audience.ring.join()
+
+    def meanwhile(self, stage):
+        assert stage.words_claimed() == (True, True), "a stopped process lost its role as a writer"
+
+    def end(self, stage):
+        stage.recover(stage.audience)
+
+
+class Broadcast(Broadcasting):
+    """Messages, and a batch, over the lane's end."""
+
+    def operate(self, me):
+        me.write(40)
+        me.write(1500)
+        me.write_many(40, 600, 40)
+        me.write(900)
+
+
+class BlockedBroadcast(Broadcasting):
+    """The lane is full, the victim sleeps until the reader has read a message."""
+
+    def prepare(self, me):
+        me.open()
+        me.fill(500)
+
+    def operate(self, me):
+        me.write(500)
+
+    def asleep(self, stage):
+        stage.audience.read()
+
+    def go_on(self, me):
+        me.write(500)
+
+    def end(self, stage):
+        stage.audience.drain()
+        super().end(stage)
+
+
+class BroadcastFindsSleepers(Broadcasting):
+    """Both readers sleep. Killed or stopped, the victim may not have rung; then another writer's message wakes them."""
+
+    writers = 2
+
+    def scene(self, stage):
+        super().scene(stage)
+        stage.other = stage.actor("s")
+        stage.other.write()  # it has its lane already, so that no claim rings
+        stage.audience.drain()
+
+    def ready(self, stage):
+        """One of them is noted, which reads to its end; the other one is there to be rung as well."""
+        second = stage.actor("z")
+        second.note = lambda line: None
+        for reader in (stage.audience, second):
+            reader.ring.join()
+
+            def read_to_the_end(reader=reader):
+                while len(reader.read()) != 99:
+                    pass
+                if reader is second:
+                    reader.close()
+
+            stage.sleepers.append(Sleeper(read_to_the_end))
+        wait_until(lambda: stage.holder.stats().readers_parked == 2, "that both sleep")
+
+    def meanwhile(self, stage):
+        super().meanwhile(stage)
+        stage.other.write()
+        stage.all_read("s")
+
+    def operate(self, me):
+        me.write()
+
+    def end(self, stage):
+        if stage.finished:
+            stage.all_read("v")
+        stage.other.write()
+        stage.all_read("s")
+        stage.other.write(99)
+        wait_until(lambda: not any(sleeper.is_alive() for sleeper in stage.sleepers), "that both were woken")
+        stage.other.close()
+        super().end(stage)
+
+
+class OneOfAll(Case):
+    """The victim is one of two readers. What the other one gets is none of its business."""
+
+    options = {"readers": "broadcast", "max_readers": 2}
+    role = "reader"
+    in_a_call = NEVER  # what a dead reader has not read is nobody's
+    sizes = [40] * 4 + [300, 1500, 600]
+
+    def scene(self, stage):
+        stage.audience = stage.actor("y")
+        stage.theirs = Ledger()
+        stage.audience.note = stage.theirs.note
+        stage.audience.ring.join()
+        stage.other = stage.actor("s")
+        note = stage.other.note
+        stage.other.note = lambda line: (note(line), stage.theirs.note(line))
+
+    def prepare(self, me):
+        me.open()
+        me.ring.join()
+
+    def ready(self, stage):
+        stage.other.write_many(*self.sizes)
+
+    def meanwhile(self, stage):
+        """A stopped reader holds the writers up, but not the other reader."""
+        stage.audience.drain()
+        assert stage.holder.stats().readers == 2, "a stopped process lost its role as a reader"
+
+    def operate(self, me):
+        for _ in range(2):
+            me.read()
+        me.read_into()
+        me.read_in_place()
+        me.read_many()
+        me.try_read()
+
+    def go_on(self, me):
+        me.drain()
+
+    def end(self, stage):
+        stage.audience.drain()
+        stage.wake(stage.audience)
+        stage.other.write(16)
+        for size in (1500, 40, 1500, 1500):  # more than a lane: nobody waits for who is gone
+            stage.audience.drain()
+            stage.other.write(size)
+        stage.audience.drain()
+        stage.theirs.check()
+        for actor in (stage.audience, stage.other):
+            actor.close()
+        stage.may_be_lost = NEVER
+        stage.ledger.check(NEVER)
+        late = stage.actor("x")
+        late.ring.join()
+        stage.recover(late)
+
+
+class Join(OneOfAll):
+    """The first read joins. A writer has written a lap before, and goes on meanwhile."""
+
+    role = None
+    in_a_call = 0
+
+    def scene(self, stage):
+        super().scene(stage)
+        for size in (1500, 1500, 600):
+            stage.other.write(size)
+            stage.audience.drain()
+
+    def prepare(self, me):
+        me.open()
+
+    def ready(self, stage):
+        """Whatever the victim comes to, the writer has not to wait for it before it has joined."""
+
+    def operate(self, me):
+        me.try_read()
+
+    def meanwhile(self, stage):
+        stage.other.write(40)
+        stage.audience.drain()
+
+
+class LeaveFreesWriter(OneOfAll):
+    """A writer sleeps in a full lane, and waits for the victim alone, which closes its handle. Killed, it is found."""
+
+    def ready(self, stage):
+        def write_four():
+            for _ in range(4):
+                stage.other.write(1900)
+
+        stage.sleeper(write_four)
+        stage.audience.drain()
+
+    def meanwhile(self, stage):
+        """Everybody waits for it."""
+
+    def operate(self, me):
+        me.ring.close()
+
+    def go_on(self, me):
+        me.ring.close()
+        assert me.ring.closed
+
+
+class Losing(Broadcasting):
+    """Writers do not wait: the reader gets all that is not said to be lost, in order."""
+
+    options = {"readers": "broadcast", "max_readers": 2, "lag": "drop"}
+
+    def prepare(self, me):
+        me.open()
+        for size in (1500, 300, 1500, 700, 40):
+            me.write(size)
+
+    def operate(self, me):
+        me.write(300)
+        me.write(1500)
+        me.write_many(40, 40, 300, 600)
+        me.write_in_place(100, spare=300)
+        me.write(250)
+
+    def end(self, stage):
+        told = stage.ledger
+        came, lost = stage.audience.drain_or_lose()
+        missing = len(told.acked["v"] - set(told.got["v"]))
+        perhaps = sum(map(len, told.calls["v"])) - len(told.acked["v"])  # written when it was killed
+        assert came and missing <= lost <= missing + perhaps
+        stage.may_be_lost = missing
+        stage.recover(stage.audience)
+
+
+class Lost(OneOfAll):
+    """The victim was overtaken: it says so once, with the exact number, and goes on."""
+
+    options = {"readers": "broadcast", "max_readers": 2, "lag": "drop"}
+    sizes = [40, 1500, 300, 1500, 40, 700, 1500, 40, 16]
+
+    def ready(self, stage):
+        for size in self.sizes:
+            stage.other.write(size)
+            stage.audience.drain()
+
+    def operate(self, me):
+        came, lost = me.drain_or_lose()
+        assert came and lost and came + lost == len(self.sizes)
+
+    def go_on(self, me):
+        me.drain_or_lose()
+
+    def end(self, stage):
+        stage.ledger.acked["s"].clear()  # some are lost
+        super().end(stage)
+
+
 # ---------------------------------------------------------------- life
 
 
@@ -747,6 +1000,7 @@ CASES = {
         BlockedWrite, BlockedWriteMany, BlockedWriteInPlace, ReadInPlace,
         Read, FirstRead, ReadOneByOne, ReadOverTheEnd, ReadManyOverTheEnd, ReadMany, ReadManyButNotAll, Iterate,
         ReadFreesWriter, ReadManyFreesWriter, BlockedRead, BlockedReadMany, BlockedIterate,
+        Broadcast, BlockedBroadcast, BroadcastFindsSleepers, OneOfAll, Join, LeaveFreesWriter, Losing, Lost,
         Create, CreateOverAbandoned, CreateReplaces, Open, Close, CloseLast, Unlink,
     )
 }  # fmt: skip

@@ -56,7 +56,7 @@ def test_the_header_table_covers_the_header_without_gap_or_overlap():
 def test_the_header_is_packed_as_the_table_says():
     expected = {
         "magic": _layout.MAGIC,
-        "layout_version": 3,
+        "layout_version": 4,
         "machine": 1,
         "segment_bytes": LAYOUT.segment_bytes,
         "capacity": 3 * 4096,
@@ -104,21 +104,32 @@ def test_every_constant_of_a_word_is_in_the_tables():
     documented = {name.upper() for rows in tables().values() for _, _, name in rows}
     words = {"WRITE_POS", "MESSAGES_IN", "WRITER_PARKS", "WRITER_PARKED", "WRITER_WANTED", "WRITER_BELL"}
     words |= {"READER_PARKED", "READER_PARKS", "READER_BELL", "READER_DOORBELL", "WRITER_DOORBELL"}
+    words |= {"GIVEN_UP", "JOINED", "READER_ASLEEP", "MARK_COUNT", "MARK_POS"}
     assert words | {"READ_POS", "MESSAGES_OUT"} <= documented
 
 
+@pytest.mark.parametrize("slots, drop", [(0, False), (1, False), (3, True), (64, False)])
 @pytest.mark.parametrize("writers", [1, 2, 3, 64, 4096])
-def test_tables_and_lanes_follow_each_other_without_overlap(writers):
-    layout = Layout(8192, writers, False, bytes(16))
+def test_tables_and_lanes_follow_each_other_without_overlap(writers, slots, drop):
+    layout = Layout(8192, writers, False, bytes(16), slots, drop)
     spans = [(0, HEADER_BYTES)]
     spans += [(layout.lane_block(lane), _layout.LANE_BYTES) for lane in range(writers)]
-    spans += [(layout.readers_offset, _layout.READER_BYTES)]
-    spans += [(layout.cursor(lane), _layout.CURSOR_BYTES) for lane in range(writers)]
+    spans += [(layout.reader_block(slot), _layout.READER_BYTES) for slot in range(layout.slots)]
+    for slot in range(layout.slots):
+        spans += [(layout.cursor(lane, slot), _layout.CURSOR_BYTES) for lane in range(writers)]
     spans += [(layout.used_offset, writers)]
     end = 0
     for start, size in spans:
         assert start == end
         end = start + size
+    if slots:
+        assert end < layout.asleep_offset <= end + _layout.ASLEEP_BYTES
+        end = layout.asleep_offset + _layout.ASLEEP_BYTES
+        assert slots <= _layout.ASLEEP_BYTES
+    if drop:
+        for lane in range(writers):
+            assert layout.marks(lane) == end
+            end += _layout.MARKS * _layout.MARK_BYTES
     assert end <= layout.lanes_offset < end + 4096 and layout.lanes_offset % 4096 == 0
     assert [layout.lane_bytes(lane) for lane in range(writers)] == [
         layout.lanes_offset + lane * 8192 for lane in range(writers)
@@ -138,9 +149,10 @@ def test_claims_lie_beyond_the_largest_segment_and_apart():
 
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("machine", _layout.MACHINES)
+@pytest.mark.parametrize("readers", [("one",), ("broadcast", 3, "block"), ("broadcast", 64, "drop")])
 @pytest.mark.parametrize("capacity, writers", [(1, 1), (4097, 64), (1 << 40, 4096)])
-def test_a_header_comes_back_as_it_was_packed(capacity, writers, keep, machine):
-    layout = new_layout(capacity, writers, "one", keep)
+def test_a_header_comes_back_as_it_was_packed(capacity, writers, readers, keep, machine):
+    layout = new_layout(capacity, writers, readers[0], keep, *readers[1:])
     packed = pack_header(layout, machine).ljust(HEADER_BYTES, b"\0")
     found = parse(packed, layout.segment_bytes, machine)
     assert all(getattr(found, name) == getattr(layout, name) for name in Layout.__slots__)
@@ -153,10 +165,14 @@ def test_two_layouts_never_have_the_same_nonce():
 
 @pytest.mark.parametrize("pokes, error, text", [
     ({"magic": 0}, RingIncompatible, "no shmring ring"),
-    ({"layout_version": 2}, RingIncompatible, "layout version 2, .* version 3"),
+    ({"layout_version": 2}, RingIncompatible, "layout version 2, .* version 4"),
     ({"machine": 2}, RingIncompatible, "machine kind 2, this is 1"),
     ({"machine": 99}, RingIncompatible, "machine kind 99"),
-    ({"readers": 2}, RingIncompatible, "readers of kind 2"),
+    ({"readers": 1}, RingIncompatible, "readers of kind 1"),
+    ({"readers": 2, "reader_slots": 3, "cursor_rows": 3}, RingCorrupted, "sizes do not fit"),
+    ({"readers": 2, "reader_slots": 2}, RingCorrupted, "2 readers with 1 rows"),
+    ({"readers": 2, "reader_slots": 65, "cursor_rows": 65}, RingCorrupted, "65 readers"),
+    ({"flags": 2}, RingIncompatible, "readers of kind 0"),
     ({"reader_slots": 2}, RingIncompatible, "readers"),
     ({"cursor_rows": 0}, RingIncompatible, "readers"),
     ({"capacity": 0}, RingCorrupted, "capacity 0 with 5 lanes"),

@@ -798,11 +798,11 @@ def test_a_loop_that_hears_does_not_take_the_ring_of_an_epoch_begun_meanwhile(ri
     submit = asyncio.run_coroutine_threadsafe
     listens = submit(ring.read_async(), first)
     watch = wait_until(lambda: ring._watches.get(ring._reader))
-    wait_until(lambda: watch._waiting and watch._parking._armed[0] == 0)
+    wait_until(lambda: watch._waiting and watch.parking._armed[0] == 0)
     listens.cancel()
     wait_until(lambda: not watch._waiting)  # the first loop listens yet, for nobody
     armed, emptied, got, reading = threading.Event(), threading.Event(), [], []
-    parking = watch._parking
+    parking = watch.parking
     actual_heard, actual_arm = parking.doorbell.heard, parking.arm
 
     async def read():

@@ -1067,17 +1067,25 @@ METHODS = {
     "Parking.arm": "S3 S4",
     "Writer._ring": "W5 epoch<doorbell",
     "Writer._publish": "W2<W3 W3 W4 W5",
+    "Writer._slowest": "joined<read_pos",
     "Writer._room": "W1 W1<W2 W2",
+    "Writer._give_up": "W2",
+    "Writer._announce": "D1 D1<W2 mark_count<mark_pos",
     "Writer._gather": "W2 W2",
     "Writer._commit": "W2",
     "Writer._write_batch": "W2 W2",
     "Writer._make_good": "C1",
     "Writer._steps": "W2 W2 W2<W3 W3 W4 W5",
+    "Reader._join": "J1 J2 J3 J3",
+    "Reader._count": "write_pos<mark_pos",
+    "Reader._lapped": "R2<D2 D2",
+    "Reader._pass_over": "given_up<mark_pos",
     "Reader._make_good": "C1",
     "Reader._look": "R1 R1<R2",
     "Reader._free": "R2<R3 R3 R4 R5",
     "Reader._ring": "R5 epoch<wanted",
     "Reader._read_one": "R2 R2",
+    "Reader._borrow": "R2",
     "Reader._read_batch": "R2 R2",
     "Reader._steps": "R1 R1<R2 R2 R2<R3 R3 R4 R5 R2 R2 R2<R3 R3 R4 R5",
 }
@@ -1093,15 +1101,16 @@ WAYS = [
     (PARK.replace("{look}", "S4 look"), "S1 S1<S2 S2 S3 S4 S5 S6"),
 ]
 LABEL = re.compile(
-    r"# (?:(?P<label>[WRS]\d|C1)\b|ORDER (?:(?!before)(?P<before>\w+) )?(?:.*? )??before (?P<after>\w+))"
+    r"# (?:(?P<label>[WRSJD]\d|C1)\b|ORDER (?:(?!before)(?P<before>\w+) )?(?:.*? )??before (?P<after>\w+))"
 )
 
 # How the code says what a program's step is.
-WORDS = "write_pos", "read_pos", "parked", "wanted", "used", "bell"  # in an index; without any it is a record
+# In an index; without any it is a record.
+WORDS = "write_pos", "read_pos", "parked", "wanted", "used", "bell", "joined", "given_up", "mark_pos", "mark_count"
 CALLS = {
     "order": "order", "_order": "order", "fence": "fence", "_fence": "fence", "sleeper_fence": "membarrier",
     "ring": "ring bell", "note": "load bell", "wait": "wait bell", "nothing": "look", "pack": "store record",
-    "unpack": "load record", "split_run": "load record",
+    "unpack": "load record", "split_run": "load record", "bytes": "load record",
     "_make_even": "store parked", "_ring": "load parked",
 }  # fmt: skip
 
@@ -1128,6 +1137,9 @@ def last_name(node):
     return getattr(node, "attr", getattr(node, "id", ""))
 
 
+MEMORY = "words", "bells", "map", "ring", "_bytes", "sleepers"
+
+
 def accesses(node):
     """What a statement does with shared memory, in the order of the text: a whole method, else without its body."""
     body = [] if isinstance(node, ast.FunctionDef) else getattr(node, "body", [])
@@ -1136,8 +1148,10 @@ def accesses(node):
     for n in ast.walk(node):
         what = None
         store = isinstance(getattr(n, "ctx", None), ast.Store)
-        if isinstance(n, ast.Subscript) and last_name(n.value) in ("words", "bells", "map", "ring", "_bytes"):
+        if isinstance(n, ast.Subscript) and last_name(n.value) in MEMORY:
             what = access("store" if store else "load", ast.unparse(n))
+        elif isinstance(n, ast.Subscript) and last_name(n.value) == "_rung" and store:
+            what = "rung"
         elif isinstance(n, ast.Call):
             what = CALLS.get(last_name(n.func))
         elif isinstance(n, ast.Attribute) and store and n.attr in ("rung", "_rung"):
@@ -1181,7 +1195,10 @@ def drift(source):
     """Where the source does not do what the programs do."""
     wrong = []
     known = {}
-    for program in (WRITER, READER, PARK, MADE_GOOD, LOOKED, TAKEN, "S4 look"):
+    from test_broadcast_protocol import COUNTS, JOIN, OVERTAKEN, OVERTAKES, SLOWEST  # which has the rest from here
+
+    several = JOIN, SLOWEST, OVERTAKES, OVERTAKEN, COUNTS
+    for program in (WRITER, READER, PARK, MADE_GOOD, LOOKED, TAKEN, "S4 look", *several):
         for label, what in steps(program):
             known.setdefault(label, set()).add(what)
     found = labelled(source)
@@ -1288,8 +1305,8 @@ DOORBELL_STEPS = {
         "self._segment.words[self._state] = ",
         "self.doorbell.remove()",
     ],
-    "Reader.close": ["self.parking.close()", "self._segment.release(_layout.READER)"],
-    "Writer._ring": ["rung = self._segment.ring(", "self._rung = epoch if rung else 0"],  # RING
+    "Reader.close": ["self.parking.close()", "self._segment.release(_layout.READER + self.slot)"],
+    "Writer._ring": ["rung = segment.ring(", "self._rung[slot] = epoch if rung else 0"],  # RING
     "Segment.ring": [
         "state = self.words[bell + _layout.DOORBELL >> 3]",
         "if state & _layout.ATTACHED:",
@@ -1307,11 +1324,11 @@ DOORBELL_STEPS = {
     ],
     "Watch.wait": [  # PUT_DOWN, WAKE
         "self._waiting.append(entry)",
-        "if not self._parking.arm(",
+        "if not self.parking.arm(",
         "self._wake()",
         "await future",
     ],
-    "Watch._heard": ["self._parking.hear()", "finally:", "self._wake("],
+    "Watch._heard": ["self.parking.hear()", "finally:", "self._wake("],
 }
 
 
@@ -1332,8 +1349,9 @@ PLANTED = [
     ("Writer._steps", "# W3", "# W4"),
     ("Writer._publish", "# ORDER W2", "# W3"),
     ("Writer._publish", "# W3", "# W4"),
+    ("Writer._publish", "# W3", "# W5"),
     ("Writer._room", "# W1", "# ORDER W1"),
-    ("Writer._ring", ".ring(", "self._rung = epoch"),
+    ("Writer._ring", ".ring(", "self._rung[slot] = epoch"),
     ("Reader._look", "# R1", "# ORDER R1"),
     ("Reader._steps", "# R1", "# ORDER R1"),
     ("Reader._steps", "# R2", "# R3"),

@@ -17,6 +17,7 @@ from conftest import DEADLINE
 import shmring
 from shmring import (
     BufferTooSmall,
+    MessagesLost,
     MessageTooLarge,
     Ring,
     RingBusy,
@@ -576,6 +577,7 @@ def test_a_second_reader_is_refused_until_the_first_closes(ring, other):
 ERRORS = [
     RingError("text"), RingTimeout("text"), RingClosed("text"), RingBusy("text"), RingCorrupted("text"),
     RingIncompatible("text"), MessageTooLarge("n", 5, 4), BufferTooSmall("n", 5, 4),
+    MessagesLost("n", 5, 4),
 ]  # fmt: skip
 
 

@@ -139,7 +139,7 @@ def test_all_is_what_is_documented():
     assert shmring.__all__ == sorted(shmring.__all__)
     assert set(shmring.__all__) == {
         "Ring", "RingStats", "unlink", "RingError", "RingTimeout", "RingClosed", "RingBusy", "RingCorrupted",
-        "RingIncompatible", "MessageTooLarge", "BufferTooSmall", "Reservation", "Borrowed", "Doorbell",
+        "RingIncompatible", "MessageTooLarge", "BufferTooSmall", "MessagesLost", "Reservation", "Borrowed", "Doorbell",
     }  # fmt: skip
     public = {name for name, value in vars(shmring).items() if not name.startswith("_") and not inspect.ismodule(value)}
     assert public == set(shmring.__all__)
@@ -151,7 +151,7 @@ def test_ring_has_the_documented_methods():
         "create", "open", "write", "try_write", "read", "try_read", "write_many", "read_many", "messages", "close",
         "unlink", "name", "capacity", "max_message", "closed", "backend", "stats", "writev", "reserve", "borrow",
         "attach_doorbell", "wait_doorbell", "fileno", "read_async", "read_many_async", "write_async",
-        "writers_alive", "readers_alive", "wait_for_writer", "wait_for_reader",
+        "join", "writers_alive", "readers_alive", "wait_for_writer", "wait_for_reader",
     }  # fmt: skip
     assert hasattr(shmring.Ring, "__iter__") and hasattr(shmring.Ring, "__enter__")
 
