@@ -861,8 +861,11 @@ class Ring:
                 raise self._is_closed() from None
 
     def _look_again(self, parking: Parking, deadline: float | None) -> float | None:
-        """When who parks there is to look again: a broadcast ring's writer is not woken by a reader that was killed."""
-        if parking is self._writer.parking and self._segment.layout.broadcast:
+        """When who parks there is to look again.
+
+        A broadcast ring's writer is not woken by a reader that was killed, nor any by one whose doorbell was not rung.
+        """
+        if parking is self._writer.parking and (self._segment.layout.broadcast or self._writer.is_mute):
             return _earlier(time.perf_counter() + MOURNING, deadline)
         return deadline
 

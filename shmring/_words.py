@@ -666,6 +666,11 @@ class Writer:
         read_pos = words[(layout.cursor(lane) + _layout.READ_POS) >> 3]
         return read_pos, words[write_pos]
 
+    @property
+    def is_mute(self) -> bool:
+        """Was there no descriptor left for a doorbell? Then it is to be rung with what comes next, be it a wait."""
+        return any(rung < 0 for rung in self._rung)
+
     def _slowest(self, lane: int, pos: int) -> int:
         """Of a broadcast ring: how far its slowest reader has come in a lane that is written to `pos`."""
         words, layout = self._segment.words, self._segment.layout
@@ -705,7 +710,7 @@ class Writer:
                 if self._order:
                     self._order()  # ORDER epoch before doorbell, as they were stored
                 rung = segment.ring(block + _layout.READER_BELL)
-                self._rung[slot] = epoch if rung else 0  # after it: an exception in between rings twice, harmlessly
+                self._rung[slot] = epoch if rung else -1  # after it: an exception in between rings twice, harmlessly
 
     def _make_good(self) -> None:
         """C1: the writer before, or this one before an exception, may have ended between W3 and W5."""
@@ -748,8 +753,11 @@ class Writer:
                 f"which a capacity of {capacity:,} does not allow"
             )
         padding, wanted = place(pos, read_pos, step, capacity)
-        if wanted and segment.layout.broadcast and self._bury():
-            return self._room(pos, step)
+        if wanted:
+            if segment.layout.broadcast and self._bury():
+                return self._room(pos, step)
+            if self.is_mute:
+                self._ring()
         if padding:
             segment.words[(self._first + pos % capacity) >> 3] = PADDING  # W2
             pos += padding

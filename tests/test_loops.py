@@ -411,6 +411,38 @@ def test_a_doorbell_that_cannot_be_opened_is_rung_with_the_next_message(name, ch
     assert children.join(children.start(alone)) == 0
 
 
+@needs_fork
+def test_a_writer_that_waits_rings_the_doorbell_that_it_could_not_open(name, children, endless):
+    """Its next message may never come, because there is no room, and the reader does not know of any."""
+
+    def alone():
+        import resource
+
+        with Ring.create(name, 4096, spin=0) as ring, Ring.open(name, spin=0) as other:
+            other.write(b"claimed")
+            ring.attach_doorbell()
+            assert [ring.try_read(), ring.try_read()] == [b"claimed", None]
+            taken, limits = [], resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
+            with pytest.raises(OSError):
+                while True:
+                    taken.append(os.open(os.devnull, os.O_RDONLY))
+            while other.try_write(bytes(400)):
+                pass
+            assert not ring._reader.parking.doorbell.heard()
+            writing = threading.Thread(target=other.write, args=(bytes(399), DEADLINE))
+            writing.start()
+            wait_until(lambda: ring.stats().writers_parked)
+            for fd in taken:
+                os.close(fd)
+            wait_until(lambda: is_rung(ring), "the doorbell")
+            while len(ring.read(timeout=DEADLINE)) != 399:
+                pass
+            writing.join(DEADLINE)
+
+    assert children.join(children.start(alone)) == 0
+
+
 # ---------------------------------------------------------------- tasks
 
 

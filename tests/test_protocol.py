@@ -1306,7 +1306,7 @@ DOORBELL_STEPS = {
         "self.doorbell.remove()",
     ],
     "Reader.close": ["self.parking.close()", "self._segment.release(_layout.READER + self.slot)"],
-    "Writer._ring": ["rung = segment.ring(", "self._rung[slot] = epoch if rung else 0"],  # RING
+    "Writer._ring": ["rung = segment.ring(", "self._rung[slot] = epoch if rung else -1"],  # RING
     "Segment.ring": [
         "state = self.words[bell + _layout.DOORBELL >> 3]",
         "if state & _layout.ATTACHED:",
