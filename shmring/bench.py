@@ -39,7 +39,7 @@ from typing import Any, Final, NamedTuple
 
 from . import __version__
 from ._backend import os_backend
-from ._errors import RingTimeout
+from ._errors import MessagesLost, RingTimeout
 from ._ring import Ring
 
 # ---------------------------------------------------------------- what differs between systems
@@ -196,7 +196,7 @@ else:
 
 # ---------------------------------------------------------------- what is measured, and how long
 
-PARTS: Final = ("latency", "throughput", "clients", "writers", "cpu")
+PARTS: Final = ("latency", "throughput", "clients", "writers", "readers", "cpu")
 MODES: Final = ("spinning", "blocking", "asyncio", "asleep")
 SMALL: Final = (64, 1024)  # bytes; the sizes whose latency is measured
 SIZES: Final = (64, 1024, 1 << 16, 1 << 20)  # bytes; the sizes that are streamed
@@ -204,6 +204,7 @@ WHOLE: Final = 1024  # bytes; messages up to this are compared whole, also while
 BATCH: Final = {64: 1024, 1024: 256, 1 << 16: 4, 1 << 20: 2}  # different messages that go round; one write_many
 CAPACITY: Final = {64: 1 << 20, 1024: 1 << 20, 1 << 16: (1 << 19) + 4096, 1 << 20: (1 << 21) + 4096}  # bytes of a lane
 CLIENTS: Final = 10
+READERS: Final = 4  # of a broadcast ring
 CLIENT_CAPACITY: Final = 1 << 15  # bytes of a lane for requests, and of one for replies
 REQUEST: Final = 64  # bytes
 PAUSE: Final = 0.0005  # seconds in which a reader falls asleep, between two messages
@@ -854,6 +855,44 @@ def be_reader_of(label: str, way: str, writers: int, count: int) -> int:
     return end
 
 
+def join(audience: str) -> None:
+    """Be a reader from now on."""
+    _channels[audience].join()
+
+
+def be_broadcaster(audience: str, way: str, count: int, start: int) -> int:
+    """Send so many messages to all readers; returns how many nanoseconds that took."""
+    ring, rest = _channels[audience], pattern(0, REQUEST)[8:]
+    messages, most = [_NUMBER.pack(number) + rest for number in range(count)], BATCH[REQUEST]
+    time.sleep(max(0, start - clock()) / 1e9)
+    began = clock()
+    if way == BATCHED:
+        for at in range(0, count, most):
+            ring.write_many(messages[at : at + most])
+    else:
+        for message in messages:
+            ring.write(message)
+    return clock() - began
+
+
+def be_one_of_all(audience: str, way: str, count: int) -> int:
+    """Receive so many messages as one of several readers; returns how many of them were lost."""
+    ring, lost = _channels[audience], 0
+    received: list[bytes] = []
+    while len(received) + lost < count:
+        try:
+            if way == BATCHED:
+                received += ring.read_many(BATCH[REQUEST])
+            else:
+                received.append(ring.read())
+        except MessagesLost as error:
+            lost += error.count
+    numbers = [_NUMBER.unpack(message[:8])[0] for message in received]
+    if numbers != sorted(set(numbers)) or {message[8:] for message in received} - {pattern(0, REQUEST)[8:]}:
+        raise WrongMessage("a broadcast message came twice, or in another order, or is another one")
+    return lost
+
+
 def rehearse(channel: RingChannel, count: int) -> None:
     """Do once, on a ring of its own that stays open, all that a server and a client do."""
     _channels["rehearsal"] = channel
@@ -957,6 +996,7 @@ class Run(NamedTuple):
     samples: Sequence[float] = ()  # nanoseconds
     talks: Sequence[Talk] = ()
     parks: int = 0  # times that the ring's reader fell asleep
+    lost: float = 0.0  # messages, to a reader
 
 
 class Pair:
@@ -1072,6 +1112,36 @@ class Office:
         growth["together"] = sum(growth.values())
         growth["beyond the lanes"] = growth["together"] - 2 * CLIENT_CAPACITY
         return growth
+
+
+class Hall:
+    """A writer and its readers, each a process: one reader, or all of a ring that broadcasts."""
+
+    AUDIENCES: Final[dict[str, tuple[int, dict[str, Any]]]] = {
+        "1 reader": (1, {}),
+        f"{READERS} readers": (READERS, {"readers": "broadcast"}),
+        f"{READERS} readers that may lose": (READERS, {"readers": "broadcast", "lag": "drop"}),
+    }
+
+    def __init__(self, fleet: Fleet, channels: contextlib.ExitStack) -> None:
+        self._run = fleet.run
+        rings = {
+            audience: channels.enter_context(
+                Ring.create(f"bench-{os.getpid()}-{next(_numbers)}", CAPACITY[REQUEST], writers=1, **how)
+            )
+            for audience, (_, how) in self.AUDIENCES.items()
+        }
+        self._writer, *self._readers = [fleet.hire(rings) for _ in range(1 + READERS)]
+        for audience, (readers, _) in self.AUDIENCES.items():
+            self._run(*((worker, join, audience) for worker in self._readers[:readers]))
+
+    def broadcast(self, audience: str, way: str, messages: int) -> Run:
+        """Send some `messages` to all of an audience; how long the writer took, and what was lost."""
+        readers = self._readers[: self.AUDIENCES[audience][0]]
+        start = clock() + 10_000_000
+        jobs = [(worker, be_one_of_all, audience, way, messages) for worker in readers]
+        took, *lost = self._run((self._writer, be_broadcaster, audience, way, messages, start), *jobs)
+        return Run(messages, took / 1e9, lost=sum(lost) / len(readers))
 
 
 def private_bytes(workers: Sequence[Worker]) -> list[int]:
@@ -1337,6 +1407,24 @@ def run_writers(bench: Bench, office: Office) -> None:
         bench.show("writers", case, CALLED, {**columns, "batched": lambda result: bench.gain_cell(result, BATCHED)})
 
 
+def run_readers(bench: Bench, hall: Hall) -> None:
+    """One writer to several readers, of which each gets all."""
+    bench.say(
+        f"READERS, messages of {REQUEST} B a second that a writer writes for one reader, and for {READERS} of which",
+        f"each gets all: it waits for the slowest, or (may lose) for nobody. A lane of {bytes_of(CAPACITY[REQUEST])}.",
+    )
+    for way in (OURS, BATCHED):
+        case = way.partition(", ")[2] or "a call each"
+        ways = {audience: partial(hall.broadcast, audience, way) for audience in Hall.AUDIENCES}
+        runs = bench.rounds(case, ways, bench.scale.seconds)
+        for audience in ways:
+            rates = [run.messages / run.seconds for run in runs[audience]]
+            lost = sum(run.lost for run in runs[audience]) / sum(run.messages for run in runs[audience])
+            bench.note("readers", case, audience, "messages/s", rates, lost=lost, size=REQUEST)
+        columns: Columns = {"% lost": lambda result: digits(result.more["lost"] * 100)}
+        bench.show("readers", case, list(ways), {**figure("messages/s", rate), **columns})
+
+
 def of_client(talks: Sequence[Talk]) -> dict[str, float]:
     """One client's figures, of all rounds together."""
     more = tail(talk.samples for talk in talks)
@@ -1417,6 +1505,10 @@ def goals(bench: Bench) -> list[Goal]:
     if one and ten and batched:
         found.append(Goal(f"{CLIENTS} writers, to one of them", ten.median / one.median, "x", 0.85, False))
         found.append(Goal(f"{CLIENTS} writers, batched", batched.median / 1e6, "M/s", 5, False))
+    for case, audience in itertools.product(("a call each", "batched"), list(Hall.AUDIENCES)[1:]):
+        one, all_ = bench.find("readers", case, "1 reader"), bench.find("readers", case, audience)
+        if one and all_:
+            found.append(Goal(f"{audience}, {case}, to one", all_.median / one.median, "x", 0.75, False))
     memory = bench.find("clients", "memory", OURS)
     if memory:
         found.append(Goal("a client's memory beyond the lanes", memory.median / 1e3, "KB", 38, True))
@@ -1600,7 +1692,7 @@ def target(path: str) -> str:
 
 def measure(bench: Bench, only: Sequence[str]) -> None:
     """Measure these parts. Whatever happens: first the processes end, then the channels go."""
-    if set(only) - {"clients", "writers"}:
+    if set(only) - {"clients", "writers", "readers"}:
         with contextlib.ExitStack() as channels, Fleet() as fleet:
             pair = Pair(fleet, channels)
             if "latency" in only:
@@ -1618,6 +1710,10 @@ def measure(bench: Bench, only: Sequence[str]) -> None:
                 run_clients(bench, office, growth)
             if "writers" in only:
                 run_writers(bench, office)
+    if "readers" in only:
+        with contextlib.ExitStack() as channels, Fleet() as fleet:
+            bench.progress.show("readers", "starting them")
+            run_readers(bench, Hall(fleet, channels))
     show_goals(bench)
 
 

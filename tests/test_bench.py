@@ -82,7 +82,7 @@ def check_memory(told, out):
     assert bench.TELLS_MEMORY or WINDOWS
     assert ("beyond the lanes" in out) == bench.TELLS_MEMORY
     assert ("memory for each client, shmring: not measured" in out) != bench.TELLS_MEMORY
-    assert len(told["goals"]) == 15 - (not bench.TELLS_MEMORY) - WINDOWS  # a pipe is nothing for loops there
+    assert len(told["goals"]) == 19 - (not bench.TELLS_MEMORY) - WINDOWS  # a pipe is nothing for loops there
 
 
 def check_remarks(environment, out, words):
@@ -111,6 +111,8 @@ def check_results(results):
     assert ("throughput", "64 B", "shmring, iterated") in found
     assert ("throughput", "64 KiB", "shmring, by view") in found
     assert ("writers", "10 writers", "shmring, batched") in found
+    for who in ("1 reader", "4 readers", "4 readers that may lose"):
+        assert ("readers", "a call each", who) in found and ("readers", "batched", who) in found
     assert ("latency", "64 B, asyncio", "shmring") in found
     assert (("latency", "64 B, asyncio", "os.pipe") in found) != WINDOWS
     for result in results:
@@ -134,7 +136,7 @@ def test_json_on_stdout_is_nothing_but_json(run):
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
-        (["--only", "latency,speed"], "no part 'speed'; choose from latency, throughput, clients, writers, cpu"),
+        (["--only", "latency,speed"], "no part 'speed'; choose from latency, throughput, clients, writers, readers,"),
         (["--repeat", "0"], "a number from 1 on, not '0'"),
         (["--json", "/no/such/directory/file"], "cannot write to '/no/such/directory/file'"),
         (["--json", "-", "--svg", "-"], "cannot both go to stdout"),
