@@ -22,7 +22,7 @@ from typing import IO, Any, Final
 from . import _layout
 from ._backend import Look, os_backend
 from ._doctor import FAIL, checks
-from ._errors import MessageTooLarge, RingError, RingTimeout
+from ._errors import MessagesLost, MessageTooLarge, RingError, RingTimeout
 from ._ring import OPEN_AGAIN, Ring, unlink
 from ._view import account_of_ring, examine, examine_all, list_of_rings, said, with_rates
 from ._words import lanes_used, peek, survey
@@ -114,18 +114,19 @@ def run_tail(options: argparse.Namespace) -> int:
             put(message)
     finally:
         if missed:
-            _tell(f"{sum(missed):,} messages were taken by the reader before they could be shown")
+            _tell(f"{sum(missed):,} messages were gone before they could be shown")
     return DONE
 
 
 def passing(name: str, last: int, follow: bool, missed: list[int]) -> Iterator[bytes]:
     """The `last` messages of each lane, and with `follow` what comes; `missed` gets how many others there were.
 
-    A ring with one reader is looked at from outside. Where readers have cursors of their own, following is for one of
-    them, which misses nothing: that goes here.
+    A ring with one reader is looked at from outside. Where readers have cursors of their own we are one of them.
     """
     with contextlib.closing(os_backend.Look(name)) as look:
         layout = _layout.parse_header(look.header, look.size, os_backend.MACHINE, name)
+        if layout.broadcast:
+            yield from _what_is_broadcast(name, missed)
         look.attach(layout, layout.segment_bytes)
         seen = survey(look)
         places, counts = seen.read, seen.taken  # of each lane: where to look from, and how many come before that
@@ -155,6 +156,17 @@ def passing(name: str, last: int, follow: bool, missed: list[int]) -> Iterator[b
                 if over:
                     return
                 time.sleep(LOOK_AGAIN)
+
+
+def _what_is_broadcast(name: str, missed: list[int]) -> Iterator[bytes]:
+    """What comes from now on, for ever."""
+    with Ring.open(name) as ring:
+        ring.join()
+        while True:
+            try:
+                yield from ring
+            except MessagesLost as error:
+                missed.append(error.count)
 
 
 def _has_gone(look: Look) -> bool:
@@ -246,6 +258,9 @@ def run_recv(options: argparse.Namespace) -> int:
                 patience = 0.0 if gone else WRITERS_GONE if timeout is None else min(timeout, WRITERS_GONE)
             try:
                 _take(ring, put, patience)
+            except MessagesLost as error:
+                _tell(str(error))
+                continue
             except RingTimeout as error:
                 if gone:
                     break
@@ -289,7 +304,8 @@ def _open_ring(options: argparse.Namespace) -> tuple[Ring, bool]:
     """The ring of that name, and whether it is a new one."""
     while options.create:
         with contextlib.suppress(FileExistsError):
-            return Ring.create(options.name, options.capacity, writers=options.writers, keep=options.keep), True
+            how: dict[str, Any] = {"readers": "broadcast", "lag": options.broadcast} if options.broadcast else {}
+            return Ring.create(options.name, options.capacity, writers=options.writers, keep=options.keep, **how), True
         with contextlib.suppress(FileNotFoundError):  # it has gone in between
             return Ring.open(options.name, any_owner=options.any_owner), False
         time.sleep(OPEN_AGAIN)
@@ -400,7 +416,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     tail = command(
         "tail", run_tail, "show messages without taking them",
         "The reader goes on meanwhile: what it\n"
-        "has taken before it could be shown is counted, and said on stderr in the end.",
+        "has taken before it could be shown is counted, and said on stderr in the end. Of a ring that\n"
+        "broadcasts it is one more reader: it shows what comes, until Ctrl-C.",
     )  # fmt: skip
     tail.add_argument("name", type=ring_name, metavar="NAME")
     tail.add_argument("-n", "--number", type=natural, default=10, metavar="N",
@@ -480,6 +497,7 @@ def _add_opening(parser: Any) -> None:
     making.add_argument("--capacity", type=size, default=1 << 20, metavar="BYTES", help="of each lane (1M)")
     making.add_argument("--writers", type=positive, default=64, metavar="N", help="lanes (64)")
     making.add_argument("--keep", action="store_true", help="it stays, with its messages, until `rm`")
+    making.add_argument("--broadcast", choices=_layout.LAGS, help="each reader gets all; who lags blocks, or loses")
 
 
 def ring_name(text: str) -> str:

@@ -249,8 +249,8 @@ def test_what_is_no_ring_or_a_damaged_one_is_listed_as_that_and_the_others_with_
             "cut": (whole[:-1], "abandoned, damaged"),
             "longer": (whole + b"x", "abandoned, damaged"),
             "older": (patched((8, b"\2")), "abandoned, layout version 2"),
-            "newer": (patched((8, b"\4")), "abandoned, layout version 4"),
-            "newer-kept": (patched((8, b"\4"), (48, b"\1")), "kept, layout version 4"),
+            "newer": (patched((8, b"\x63")), "abandoned, layout version 99"),
+            "newer-kept": (patched((8, b"\x63"), (48, b"\1")), "kept, layout version 99"),
             "foreign": (patched((12, b"\2")), "abandoned, machine arm64"),
             "stranger": (patched((12, b"M")), "abandoned, machine of kind 77"),
             "checksum": (whole[:24] + b"x" + whole[25:], "abandoned, damaged"),
@@ -281,7 +281,7 @@ def test_what_is_no_ring_or_a_damaged_one_is_listed_as_that_and_the_others_with_
             code, out, err = run("tail", each)
             assert code == (each != name), err
             assert out == b"" and (each == name or err.startswith("shmring: ")) and err.count("\n") == (each != name)
-        assert header["older"] == (2, False, len(whole)) and header["newer-kept"][:2] == (4, True)
+        assert header["older"] == (2, False, len(whole)) and header["newer-kept"][:2] == (99, True)
         assert before == {entry: entry.read_bytes() for entry in apart.iterdir() if entry.is_file()}
         removed = json.loads(run("gc", "--json")[1])["removed"]
         assert removed == sorted(each for each, state in expected.items() if state.startswith("abandoned"))
@@ -303,6 +303,55 @@ def test_another_users_ring_is_listed_and_its_contents_are_not_known(run, name, 
             assert _cli.main(["rm", name]) == 1 and not os_backend.collect(name, True)
 
         assert children.join(children.fork(as_another)) == 0
+
+
+# ---------------------------------------------------------------- a ring that broadcasts
+
+
+def test_a_ring_that_broadcasts_is_made_sent_to_received_from_and_told_of(run, start, name):
+    receiver = start("recv", name, "--create", "--broadcast", "drop", "--capacity", "4096", "-n", "3")
+    with Ring.open(name, timeout=DEADLINE) as ring:
+        assert ring.wait_for_reader(DEADLINE)
+        facts = json.loads(run("stat", name, "--json")[1])
+        told = [facts[what] for what in ("readers", "max_readers", "lag", "readers_alive")]
+        assert told == ["broadcast", 8, "drop", 1]
+        assert run("send", name, "1", "2", "3") == (0, b"", "")
+        assert receiver.communicate(timeout=DEADLINE) == (b"1\n2\n3\n", b"")
+        ring.join()
+        for number in range(1000):
+            ring.write(b"%08d" % number)
+        code, out, err = run("recv", name, "--drain")
+        assert (code, out) == (3, b"") and err == ""  # it joined just now
+        stats = ring.stats()
+        assert (stats.readers, stats.messages_in, stats.messages_out) == (1, 1003, 3)
+
+
+def test_recv_says_what_was_lost_and_goes_on(run, name, monkeypatch):
+    with Ring.create(name, 4096, readers="broadcast", lag="drop") as ring:
+        borrow = Ring.borrow
+
+        def lagging(self, *, timeout):
+            self.join()
+            if not ring.stats().messages_in:
+                for number in range(1000):
+                    ring.write(b"%08d" % number)
+            return borrow(self, timeout=timeout)
+
+        monkeypatch.setattr(Ring, "borrow", lagging)
+        code, out, err = run("recv", name, "--drain")
+        lost = int(re.fullmatch(r"shmring: (\d+) messages of lane 0 .* overwritten before they were read\n", err)[1])
+        assert code == 0 and out == b"".join(b"%08d\n" % number for number in range(lost, 1000))
+
+
+def test_tail_is_one_more_reader_of_a_ring_that_broadcasts(start, name):
+    with Ring.create(name, 4096, readers="broadcast") as ring:
+        ring.write(b"before")
+        tail = start("tail", name)
+        assert ring.wait_for_reader(DEADLINE)
+        ring.write(b"after")
+        assert tail.stdout.readline().rstrip() == b"after"
+        tail.kill()
+        tail.communicate(timeout=DEADLINE)
 
 
 # ---------------------------------------------------------------- tail
@@ -338,7 +387,7 @@ def test_tail_follows_until_the_ring_has_gone_and_counts_what_the_reader_took_fi
     monkeypatch.setattr(_cli.time, "sleep", lambda seconds: next(steps)())
     code, out, err = run("tail", name, "--follow")
     assert (code, out) == (0, b"0\n1\n2\n3\n4\n5\n7\n8\n9\n")
-    assert err == "shmring: 1 messages were taken by the reader before they could be shown\n"
+    assert err == "shmring: 1 messages were gone before they could be shown\n"
 
 
 @needs_kept
