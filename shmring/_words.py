@@ -1164,7 +1164,12 @@ class Reader:
                     count = self._count(lane, pos)
                     if count >= 0:
                         break
-                    pos = words[lane.write_pos]
+                    given_up = words[lane.given_up]
+                    if self._order:
+                        self._order()  # ORDER given_up before write_pos, which then is no older
+                    before, pos = pos, words[lane.write_pos]
+                    if pos == before or given_up > pos + layout.capacity:
+                        break  # damage: nobody gives up the last mark before write_pos
             words[lane.messages_out] = max(0, count)
             words[lane.read_pos] = pos  # J3
 
