@@ -1504,6 +1504,7 @@ class Reader:
         pos = end = given = count = base = last = 0
         size, step = -1, 0  # of the last record
         unpack: Any = None  # what takes one of that size out, once a second one is there
+        nowhere = -capacity  # below every `at`, also where `pos` goes back to padding before `base`
         message = yield
         try:
             if self.parking is None:
@@ -1555,7 +1556,7 @@ class Reader:
                             lane.write_pos, lane.read_pos, lane.messages_out, lane.parked << 3
                         )  # fmt: skip
                         base = pos - pos % capacity - lane.first  # the position of the segment's byte 0 in this lap
-                        last = -1 if drops else lane.top - step  # up to here a record like the last one fits
+                        last = nowhere if drops else lane.top - step  # up to here a record like the last one fits
                 at = pos - base
                 if end - pos == step:
                     following = end
@@ -1601,7 +1602,7 @@ class Reader:
                 if found != size:
                     size, step, unpack = found, record_bytes(found), None
                 base = pos - pos % capacity - lane.first
-                last = -1 if drops else lane.top - step
+                last = nowhere if drops else lane.top - step
                 at = pos - base
                 run = self._run(lane, pos, size, BURST)
                 if run > 3:

@@ -618,3 +618,26 @@ def test_join_where_there_is_one_reader_takes_its_role(name):
         with pytest.raises(RingBusy):
             ring.join()
         assert other.read() == b"stays"
+
+
+def test_what_is_overwritten_while_it_is_copied_from_behind_padding_is_lost(name, monkeypatch):
+    """The reader goes back to where the padding begins, which is in the lap before."""
+    with Ring.create(name, 65536, writers=1, readers="broadcast", lag="drop") as ring, Ring.open(name) as other:
+        other.join()
+        messages = [bytes([number]) * size for number, size in enumerate([20000, 20000, 30000])]
+        for message in messages[:2]:
+            ring.write(message)
+            assert other.read() == message
+        ring.write(messages[2])
+        run = other._reader._run
+
+        def overtaken(*args):
+            monkeypatch.setattr(other._reader, "_run", run)
+            ring.write_many([bytes(30000)] * 8)
+            return run(*args)
+
+        monkeypatch.setattr(other._reader, "_run", overtaken)
+        with pytest.raises(MessagesLost) as lost:
+            other.try_read()
+        left = other.read_many()
+        assert lost.value.count + len(left) == 9 and set(left) == {bytes(30000)}

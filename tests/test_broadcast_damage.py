@@ -151,7 +151,8 @@ def tables(layout):
 
 def other_word(rng, old):
     step = rng.choice([1, 8, 256, CAPACITY - 8, CAPACITY, 1 << 31, 1 << 62, (1 << 63) - 8, 1 << 63, WORD - 7, WORD])
-    return rng.choice([0, step, old + step & WORD, old - step & WORD, old ^ 1 << rng.randrange(64), rng.getrandbits(64)])
+    flipped = old ^ 1 << rng.randrange(64)
+    return rng.choice([0, step, old + step & WORD, old - step & WORD, flipped, rng.getrandbits(64)])
 
 
 def borrow(ring, rng, timeout):
