@@ -1051,6 +1051,7 @@ class Reader:
         self._lanes: list[_Lane] = []  # those that have ever been claimed, from the first on
         self._last = 0  # the lane that was served last
         self._owed: list[bytes] = []  # out of the ring, but not handed over; replaced, never changed
+        self._untold: tuple[_Lane, int, int] | None = None  # where a lane goes on after that many lost; not said yet
         self._bytes = memoryview(segment.map).toreadonly()
         self._borrowed: Borrow | None = None  # nothing else is read meanwhile
         self._fence: Fence = None
@@ -1229,6 +1230,8 @@ class Reader:
                 break
         if not pos < mark_pos <= given_up or not count <= mark_count < POSITIONS or mark_pos & 7:
             raise self._damaged(lane, pos, f"its mark at {mark_pos:,} cannot be")
+        if mark_count > count:
+            self._untold = lane, mark_pos, mark_count - count
         self._free(lane, mark_pos, mark_count)
         if mark_count > count:
             raise MessagesLost(self._segment.name, mark_count - count, lane.number)
@@ -1261,6 +1264,11 @@ class Reader:
             lane = _Lane(layout, len(self._lanes), self.slot)
             lane.pos, lane.count = words[lane.read_pos], words[lane.messages_out] & WORD >> 1
             self._lanes.append(lane)
+        if self._untold is not None:
+            lane, pos, lost = self._untold
+            if words[lane.read_pos] >= pos:
+                raise MessagesLost(self._segment.name, lost, lane.number)
+            self._untold = None  # it did not come to R3, and is found out once more
         turns = []
         for lane in self._lanes:
             lane.end = words[lane.write_pos]  # R1
@@ -1625,7 +1633,10 @@ class Reader:
                     message = yield message
                     if message is not None:
                         break
-        except (GeneratorExit, BufferTooSmall, MessagesLost, RingBusy):
+        except MessagesLost:
+            self._untold = None
+            raise
+        except (GeneratorExit, BufferTooSmall, RingBusy):
             raise
         except BaseException:
             if lane is not none and words[lane.read_pos] != given and type(message) is bytes:

@@ -641,3 +641,25 @@ def test_what_is_overwritten_while_it_is_copied_from_behind_padding_is_lost(name
             other.try_read()
         left = other.read_many()
         assert lost.value.count + len(left) == 9 and set(left) == {bytes(30000)}
+
+
+@pytest.mark.parametrize("when", ["before R3", "after R3"])
+def test_an_interrupt_does_not_keep_a_loss_from_being_told(name, monkeypatch, when):
+    with Ring.create(name, 4096, readers="broadcast", lag="drop") as ring, Ring.open(name) as other:
+        other.join()
+        ring.write_many([bytes([number]) * 100 for number in range(200)])
+        free = other._reader._free
+
+        def interrupted(*args):
+            monkeypatch.setattr(other._reader, "_free", free)
+            if when == "after R3":
+                free(*args)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(other._reader, "_free", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            other.try_read()
+        with pytest.raises(MessagesLost) as lost:
+            other.try_read()
+        assert lost.value.count + len(other.read_many()) == 200
+        assert other.try_read() is None
