@@ -1167,7 +1167,7 @@ class Reader:
                         break
                     given_up = words[lane.given_up]
                     if self._order:
-                        self._order()  # ORDER given_up before write_pos, which then is no older
+                        self._order()  # ORDER as in `_count`: write_pos is no older then
                     before, pos = pos, words[lane.write_pos]
                     if pos == before or given_up > pos + layout.capacity:
                         break  # damage: nobody gives up the last mark before write_pos
