@@ -1455,6 +1455,9 @@ class Reader:
             while len(batch) + len(messages) < most:
                 start = pos
                 pos, size = self._record(lane, pos)
+                if self._drops and self._lapped(lane, start):
+                    pos, size = start, 0  # what was taken for padding, or for damage, may be a message's bytes
+                    break
                 if pos == lane.end or size < 0:
                     break
                 run = self._run(lane, pos, size, most - len(batch) - len(messages))

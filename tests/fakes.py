@@ -88,9 +88,11 @@ class FakeSegment:
 
     name = "fake"
 
-    def __init__(self, writers=2, capacity=4096, order=False, fence=False, others_fence=True, peer=None):
+    def __init__(self, writers=2, capacity=4096, order=False, fence=False, others_fence=True, peer=None,
+                 slots=0, drop=False):  # fmt: skip
+        """`slots` are those of a ring that broadcasts."""
         if peer is None:
-            self.layout = Layout(capacity, writers, False, bytes(16))
+            self.layout = Layout(capacity, writers, False, bytes(16), slots, drop)
             with tempfile.TemporaryFile() as file:
                 file.truncate(self.layout.segment_bytes)
                 self._file = os.dup(file.fileno())
@@ -116,9 +118,10 @@ class FakeSegment:
             suffix = f" {lane}" if lane else ""
             for field in ("WRITE_POS", "MESSAGES_IN", "WRITER_PARKS", "WRITER_PARKED", "WRITER_WANTED", "WRITER_BELL"):
                 yield layout.lane_block(lane) + getattr(_layout, field), field.lower() + suffix
+            yield layout.lane_block(lane) + _layout.GIVEN_UP, "given_up" + suffix
             for field in ("READ_POS", "MESSAGES_OUT"):
                 yield layout.cursor(lane) + getattr(_layout, field), field.lower() + suffix
-        for field in ("READER_PARKED", "READER_PARKS", "READER_BELL"):
+        for field in ("READER_PARKED", "READER_PARKS", "READER_BELL", "JOINED"):
             yield layout.readers_offset + getattr(_layout, field), field.lower()
 
     def place(self, offset):

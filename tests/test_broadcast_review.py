@@ -1,0 +1,65 @@
+"""Rings that broadcast, where something happens between two accesses: what a reader, a writer or a claim must survive."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from conftest import DARWIN, WINDOWS
+from fakes import FakeSegment, ask, batch, hooks_end  # noqa: F401 - a fixture
+
+from shmring import MessagesLost, Ring, RingCorrupted, _layout
+from shmring._words import ReadBatch, Reader, Writer
+
+LONGEST = 2040  # where writers do not wait, in a lane of 4096 bytes
+
+
+def joined(segment):
+    """A reader on memory that a handle of its own has."""
+    reader = Reader(FakeSegment(peer=segment))
+    ask(reader, ReadBatch(1))
+    return reader
+
+
+def drain(reader):
+    return list(iter(lambda: ask(reader, None), None))
+
+
+def once(segment, event, do):
+    """Have something happen at the next such access."""
+
+    def hook():
+        segment.hooks.clear()
+        do()
+
+    segment.hooks[event] = hook
+
+
+class Interrupt(BaseException):
+    pass
+
+
+def interrupt():
+    raise Interrupt
+
+
+# ---------------------------------------------------------------- who lags loses
+
+
+def test_a_length_that_was_overwritten_is_not_taken_for_padding():
+    segment = FakeSegment(writers=1, slots=1, drop=True)
+    writer, reader = Writer(segment), joined(segment)
+    ask(writer, batch([b"-" * 56] * 64))
+    assert len(ask(reader, ReadBatch(63))) == 63  # what is left ends where the lane does
+
+    # A lap of bytes that say that the lane goes on at its beginning.
+    once(reader._segment, "load length", lambda: ask(writer, batch([b"\xff" * LONGEST] * 2)))
+    with pytest.raises(MessagesLost) as lost:
+        ask(reader, ReadBatch(9))
+    assert lost.value.count == 1
+    assert ask(reader, ReadBatch(9)) == [b"\xff" * LONGEST] * 2
+
+
+# ---------------------------------------------------------------- who comes and goes
+
+
