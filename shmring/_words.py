@@ -1182,6 +1182,11 @@ class Reader:
         number, mark_pos, count = find_mark(words, layout, lane.number, pos, self._order)
         more = count_records(words, layout, lane.number, mark_pos, pos)
         if self._lapped(lane, mark_pos):
+            given_up = words[lane.given_up]
+            if self._order:
+                self._order()  # given_up before write_pos: the one is never a lane ahead of the other
+            if given_up > words[lane.write_pos] + layout.capacity:
+                raise self._damaged(lane, pos, f"it was given up to {given_up:,}")
             return -1
         if number < 0 or more < 0 or count + more >= POSITIONS:
             raise self._damaged(lane, pos, "it has no mark before")

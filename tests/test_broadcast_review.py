@@ -60,6 +60,19 @@ def test_a_length_that_was_overwritten_is_not_taken_for_padding():
     assert ask(reader, ReadBatch(9)) == [b"\xff" * LONGEST] * 2
 
 
+def test_a_position_that_is_damaged_does_not_keep_a_reader_from_joining():
+    segment = FakeSegment(writers=2, slots=1, drop=True)
+    writers = [Writer(FakeSegment(peer=segment)) for _ in range(2)]
+    for writer in writers:
+        ask(writer, b"before")
+    segment.poke("given_up", 1 << 60)
+    reader = joined(segment)
+    ask(writers[1], b"after")
+    with pytest.raises(RingCorrupted, match="lane 0"):
+        ask(writers[0], batch([b"more"]))
+    assert drain(reader) == [b"after"]
+
+
 # ---------------------------------------------------------------- who comes and goes
 
 
