@@ -1196,10 +1196,14 @@ class Reader:
         """An exception may have come between a read_pos and the count of it."""
         words = self._segment.words
         for lane in self._lanes:
-            with suppress(RingCorrupted):
-                count = -1 if lane.damage else self._count(lane, words[lane.read_pos])
-                if count >= 0:
-                    words[lane.messages_out] = count
+            if not lane.damage:
+                try:
+                    count = self._count(lane, words[lane.read_pos])
+                except RingCorrupted:
+                    lane.damage = ""  # who reads it finds out, and says so
+                else:
+                    if count >= 0:
+                        words[lane.messages_out] = count
 
     def _leave(self) -> None:
         """Have no writer of a broadcast ring wait for us any longer."""

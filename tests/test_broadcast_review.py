@@ -73,6 +73,21 @@ def test_a_position_that_is_damaged_does_not_keep_a_reader_from_joining():
     assert drain(reader) == [b"after"]
 
 
+def test_counting_again_after_an_exception_hides_no_damage():
+    segment = FakeSegment(writers=1, slots=1, drop=True)
+    writer, reader = Writer(segment), joined(segment)
+    ask(writer, batch([b"x"] * 40))
+    assert ask(reader, None) == b"x"
+    marks = segment.layout.marks(0) >> 3
+    for word in range(2 * _layout.MARKS):
+        segment.words.view[marks + word] = 3
+    reader._segment.hooks["store read_pos"] = interrupt
+    with pytest.raises(Interrupt):
+        ask(reader, None)
+    reader._segment.hooks.clear()
+    assert len(drain(reader)) == 39  # it was not overtaken, so it needs no marks
+
+
 # ---------------------------------------------------------------- who comes and goes
 
 
