@@ -692,7 +692,7 @@ class Writer:
         found = False
         for slot in range(layout.slots):
             joined = words[(layout.reader_block(slot) + _layout.JOINED) >> 3]
-            ours = self._reader is not None and self._reader.slot == slot
+            ours = self._reader is not None and (self._reader.slot, self._reader.joined) == (slot, joined)
             if joined & 1 and joined != self._gone[slot] and not ours:
                 # It joined with the claim in hand, and gives it up after it has left.
                 if not self._segment.is_claimed(_layout.READER + slot):
@@ -1058,6 +1058,7 @@ class Reader:
         self._order = segment.order_fence()
         self._drops = segment.layout.drop
         self.slot = -1  # also while a claim is tried
+        self.joined = 0  # with which number we did; no reader before or after has it
         self.parking: Parking | None = None
         self.monitor = Monitor(self._steps)
 
@@ -1085,8 +1086,7 @@ class Reader:
         if borrowed is not None and not borrowed.released():
             return borrowed.view
         if self.slot >= 0:
-            if self.parking is not None:
-                self._leave()
+            self._leave()
             self._segment.release(_layout.READER + self.slot)
         return None
 
@@ -1153,7 +1153,8 @@ class Reader:
         joined = (layout.reader_block(self.slot) + _layout.JOINED) >> 3
         if words[joined] & 1:
             words[joined] = words[joined] + 1 & WORD  # the reader before was killed
-        words[joined] = words[joined] + 1 & WORD  # J1
+        self.joined = words[joined] + 1 & WORD
+        words[joined] = self.joined  # J1
         if not segment.sleeper_fence():  # J2
             time.sleep(0.01)  # nobody can make the writers fence: what they have stored has arrived after that
         for number in range(layout.writers):
@@ -1209,9 +1210,9 @@ class Reader:
         """Have no writer of a broadcast ring wait for us any longer."""
         words = self._segment.words
         joined = (self._segment.layout.reader_block(self.slot) + _layout.JOINED) >> 3
-        if self._segment.layout.broadcast:
-            if words[joined] & 1:
-                words[joined] = words[joined] + 1 & WORD
+        if self.joined:
+            if words[joined] == self.joined:  # else this is done again, and the slot may be another's by now
+                words[joined] = self.joined + 1 & WORD
             self._make_good()  # also if an exception came before it the last time
 
     def _lapped(self, lane: _Lane, pos: int) -> bool:

@@ -91,3 +91,63 @@ def test_counting_again_after_an_exception_hides_no_damage():
 # ---------------------------------------------------------------- who comes and goes
 
 
+def test_closing_again_leaves_the_slots_next_reader_alone():
+    segment = FakeSegment(writers=1, slots=1)
+    first = joined(segment)
+    first.close()
+    joined(segment)
+    number = segment.peek("joined")
+    first.close()  # as after an exception in between
+    assert segment.peek("joined") == number and number & 1
+
+
+def test_a_reader_that_was_interrupted_while_joining_leaves_when_it_is_closed():
+    segment = FakeSegment(writers=1, slots=1)
+    reader = Reader(FakeSegment(peer=segment))
+    reader._segment.hooks["sleeper_fence"] = interrupt
+    with pytest.raises(Interrupt):
+        ask(reader, None)
+    assert segment.peek("joined") & 1
+    reader.close()
+    assert not segment.peek("joined") & 1
+
+
+def test_a_slot_that_was_tried_is_another_ones():
+    """An exception right after a claim that failed must not make a dead reader's slot count as our own."""
+    segment = FakeSegment(writers=1, slots=1)
+    there = joined(segment)
+    ours = FakeSegment(peer=segment)
+    reader = Reader(ours)
+    writer = Writer(ours, reader)
+    claim = ours.claim
+
+    def claim_and_interrupt(byte):
+        if not claim(byte):
+            raise Interrupt
+        return True
+
+    ours.claim = claim_and_interrupt
+    with pytest.raises(Interrupt):
+        ask(reader, None)
+    while ask(writer, b"x" * 1000) is None:
+        pass
+    there._segment.release(_layout.READER)  # it was killed
+    assert ask(writer, b"x" * 1000) is None
+
+
+def test_a_reader_that_is_joining_is_its_own_handles_too():
+    segment = FakeSegment(writers=1, slots=1)
+    reader = Reader(segment)
+    writer = Writer(segment, reader)
+
+    def fill():
+        assert segment.peek("joined") & 1
+        assert ask(writer, batch([b"x" * 1000] * 9)) is not None
+
+    once(segment, "sleeper_fence", fill)
+    assert ask(reader, None) is None
+    written = segment.peek("write_pos")
+    ask(writer, batch([b"y" * 1000] * 9))
+    assert segment.peek("write_pos") - written <= 4096
+
+
