@@ -696,6 +696,8 @@ class Writer:
             if joined & 1 and joined != self._gone[slot] and not ours:
                 # It joined with the claim in hand, and gives it up after it has left.
                 if not self._segment.is_claimed(_layout.READER + slot):
+                    # Or our descriptor was closed behind our back: this says so, in an OSError.
+                    self._segment.claim(_layout.LANE + self._lane)
                     self._gone[slot] = joined
                     found = True
         return found

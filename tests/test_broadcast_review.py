@@ -151,3 +151,26 @@ def test_a_reader_that_is_joining_is_its_own_handles_too():
     assert segment.peek("write_pos") - written <= 4096
 
 
+@pytest.mark.skipif(WINDOWS or DARWIN, reason="claims are locks of a descriptor on Linux alone")
+def test_a_writer_that_has_lost_its_claims_takes_nobody_for_dead(name):
+    """Who closes all descriptors closes those with the claims; the kernel says that nobody has any then."""
+    with Ring.create(name, 4096, readers="broadcast") as ring, Ring.open(name) as other:
+        other.join()
+        while ring.try_write(b"x" * 1000):
+            pass
+        os.close(ring._segment._locks)
+        with pytest.raises(OSError, match="behind its back"):
+            ring.try_write(b"x" * 1000)
+        assert len(other.read_many()) == 4
+
+
+def test_messages_out_is_what_was_in_when_a_reader_joined():
+    segment = FakeSegment(writers=1, slots=2)
+    writer, later = Writer(segment), FakeSegment(peer=segment)
+    ask(writer, b"before")
+    once(later, "load messages_in", lambda: ask(writer, batch([b"meanwhile"] * 5)))
+    reader = Reader(later)
+    assert ask(reader, None) in (None, b"meanwhile")
+    drain(reader)
+    layout = segment.layout
+    assert segment.words.view[(layout.cursor(0, 0) + _layout.MESSAGES_OUT) >> 3] == segment.peek("messages_in") == 6
