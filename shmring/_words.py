@@ -94,6 +94,7 @@ from ._monitor import Monitor, MonitorClosed
 PACKED: Final = 1024  # bytes; messages up to this go in by struct, one call for length and payload
 JOINED: Final = 16384  # bytes; longer ones are not worth joining, which copies them once more
 BURST: Final = 65536  # bytes that are published, or copied out, in one go at most
+COUNTED: Final = 100  # times that a reader who joins tries to have a position and a count that belong together
 BLOCKS: Final = (64, 8, 1)  # records that one struct takes apart: many take a quarter of the time of one at a time
 
 WORD: Final = (1 << 64) - 1
@@ -1161,8 +1162,7 @@ class Reader:
             time.sleep(0.01)  # nobody can make the writers fence: what they have stored has arrived after that
         for number in range(layout.writers):
             lane = _Lane(layout, number, self.slot)
-            pos = words[lane.write_pos]  # J3
-            count = words[(layout.lane_block(number) + _layout.MESSAGES_IN) >> 3]
+            pos, count = self._end_of(lane)
             with suppress(RingCorrupted):  # said when it is read
                 while self._drops:
                     count = self._count(lane, pos)
@@ -1176,6 +1176,18 @@ class Reader:
                         break  # damage: nobody gives up the last mark before write_pos
             words[lane.messages_out] = max(0, count)
             words[lane.read_pos] = pos  # J3
+
+    def _end_of(self, lane: _Lane) -> tuple[int, int]:
+        """Where a lane ends, and how many messages came before; with a writer that never pauses, maybe a few more."""
+        words = self._segment.words
+        messages_in = (self._segment.layout.lane_block(lane.number) + _layout.MESSAGES_IN) >> 3
+        pos = count = 0
+        for _ in range(COUNTED):
+            pos = words[lane.write_pos]  # J3
+            count = words[messages_in]
+            if pos == words[lane.write_pos]:
+                break
+        return pos, count
 
     def _count(self, lane: _Lane, pos: int) -> int:
         """Where writers do not wait: how many messages there were before `pos`, exactly; -1 if that is lost already."""
