@@ -1,4 +1,4 @@
-"""Rings that broadcast, where something happens between two accesses: what a reader, a writer or a claim must survive."""
+"""Rings that broadcast, where something happens between two accesses: what readers, writers and claims survive."""
 
 from __future__ import annotations
 
