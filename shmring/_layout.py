@@ -44,7 +44,7 @@ Reader table, after the lanes' table: 256 bytes for each of `reader_slots` reade
     offset  size  name             writer       meaning
     0       8     reader_parked    reader       epoch; its lowest byte is 1: asleep or about to be, 0: awake
     8       8     reader_parks     reader       times a reader in this slot went to sleep
-    16      8     joined           reader       broadcast: odd while a reader is there, another number for each
+    16      8     joined           reader       broadcast: bit 0: a reader joins, or has; bit 1: it has; and a number
     128     4     reader_bell      the kernel   futex, as writer_bell
     132     4     -                -            zero
     136     8     reader_doorbell  reader       as writer_doorbell

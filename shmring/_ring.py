@@ -39,6 +39,7 @@ from ._words import (
     WriteBatch,
     Writer,
     WriteRequest,
+    joined_slots,
     survey,
 )
 
@@ -1013,7 +1014,8 @@ class Ring:
     def readers_alive(self) -> int:
         """How many handles have a reader's role now, this one's own included, by the kernel's word.
 
-        A handle counts from its first read until it closes, or its process has died.
+        A handle counts from its first read until it closes, or its process has died; in a broadcast ring from when it
+        has joined: it gets what is written after that.
 
         Raises:
             RingClosed: The handle is closed.
@@ -1021,7 +1023,9 @@ class Ring:
         segment, reader = self._segment, self._reader
         if self._closed:
             raise self._is_closed()
-        return int(reader.claimed) + segment.claimed(_layout.READER, segment.layout.slots)
+        if segment.layout.broadcast:
+            return len(joined_slots(segment, reader.slot if reader.claimed else -1))
+        return int(reader.claimed) + segment.claimed(_layout.READER, 1)
 
     def wait_for_writer(self, timeout: float | None = None) -> bool:
         """Wait until a handle has written, or tried to, and is still there: until `writers_alive` is not 0.

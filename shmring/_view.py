@@ -11,7 +11,7 @@ from typing import Any, Final
 from . import _layout
 from ._backend import Look, os_backend
 from ._errors import RingError
-from ._words import lanes_used, survey
+from ._words import joined_slots, lanes_used, survey
 
 MACHINES: Final = {1: "x86-64", 2: "arm64"}
 
@@ -78,7 +78,7 @@ def _contents(look: Look) -> dict[str, Any]:
         "readers": "broadcast" if layout.broadcast else "one",
         "max_readers": layout.slots,
         "lag": "drop" if layout.drop else "block",
-        "readers_alive": look.claimed(_layout.READER, layout.slots),
+        "readers_alive": len(joined_slots(look)) if layout.broadcast else look.claimed(_layout.READER, 1),
         "writers_parked": sum(seen.writers_parked),
         "readers_parked": seen.readers_parked,
         "writer_parks": sum(seen.writer_parks),

@@ -45,7 +45,7 @@ its role next: a claimant first rings everybody parked on the other side (C1).
 A broadcast ring has several readers, each with a cursor on every lane. The writer's W1 is then the least
 read_pos of those that have joined, and its W5 looks at each. Who comes:
 
-    J1  make `joined` odd: another number than all before
+    J1  make `joined` odd: another number than all before (its second bit says, after J3, that it is there)
     J2  fence, and make every writer fence
     J3  look at write_pos, and store that as its read_pos: what it reads begins there
 
@@ -693,7 +693,7 @@ class Writer:
         found = False
         for slot in range(layout.slots):
             joined = words[(layout.reader_block(slot) + _layout.JOINED) >> 3]
-            ours = self._reader is not None and (self._reader.slot, self._reader.joined) == (slot, joined)
+            ours = self._reader is not None and (self._reader.slot, self._reader.joined | 2) == (slot, joined | 2)
             if joined & 1 and joined != self._gone[slot] and not ours:
                 # It joined with the claim in hand, and gives it up after it has left.
                 if not self._segment.is_claimed(_layout.READER + slot):
@@ -1154,9 +1154,7 @@ class Reader:
         """Have the writers of a broadcast ring wait for us, for what is published from now on."""
         segment, layout, words = self._segment, self._segment.layout, self._segment.words
         joined = (layout.reader_block(self.slot) + _layout.JOINED) >> 3
-        if words[joined] & 1:
-            words[joined] = words[joined] + 1 & WORD  # the reader before was killed
-        self.joined = words[joined] + 1 & WORD
+        self.joined = (words[joined] | 3) + 2 & WORD
         words[joined] = self.joined  # J1
         if not segment.sleeper_fence():  # J2
             time.sleep(0.01)  # nobody can make the writers fence: what they have stored has arrived after that
@@ -1176,6 +1174,7 @@ class Reader:
                         break  # damage: nobody gives up the last mark before write_pos
             words[lane.messages_out] = max(0, count)
             words[lane.read_pos] = pos  # J3
+        words[joined] = self.joined | 2  # only now are we there, for who waits for us to write
 
     def _end_of(self, lane: _Lane) -> tuple[int, int]:
         """Where a lane ends, and how many messages came before; with a writer that never pauses, maybe a few more."""
@@ -1225,8 +1224,8 @@ class Reader:
         words = self._segment.words
         joined = (self._segment.layout.reader_block(self.slot) + _layout.JOINED) >> 3
         if self.joined:
-            if words[joined] == self.joined:  # else this is done again, and the slot may be another's by now
-                words[joined] = self.joined + 1 & WORD
+            if words[joined] | 2 == self.joined | 2:  # else this is done again, and the slot may be another's by now
+                words[joined] = (self.joined | 3) + 1 & WORD
             self._make_good()  # also if an exception came before it the last time
 
     def _lapped(self, lane: _Lane, pos: int) -> bool:
@@ -1710,14 +1709,23 @@ class Survey(NamedTuple):
         return min(1.0, max(0, *(end - pos for pos, end in zip(self.read, self.written))) / layout.capacity)
 
 
+def joined_slots(segment: Seen, ours: int = -1) -> list[int]:
+    """Those of a broadcast ring's living readers that have joined; `ours` is the slot of our own."""
+    layout, words = segment.layout, segment.words
+    return [
+        slot
+        for slot in range(layout.slots)
+        if words[(layout.reader_block(slot) + _layout.JOINED) >> 3] & 2
+        and (slot == ours or segment.claimed(_layout.READER + slot, 1))
+    ]
+
+
 def survey(segment: Seen, ours: int = -1) -> Survey:
     """Look at the whole ring, one word after the other while it goes on; `ours` is the slot of our own reader."""
     layout, words = segment.layout, segment.words
     lanes = [layout.lane_block(lane) for lane in range(layout.writers)]
     readers = [layout.reader_block(slot) for slot in range(layout.slots)]
-    slots = [0]
-    if layout.broadcast:
-        slots = [slot for slot in range(layout.slots) if slot == ours or segment.claimed(_layout.READER + slot, 1)]
+    slots = joined_slots(segment, ours) if layout.broadcast else [0]
 
     def column(blocks: Iterable[int], offset: int) -> list[int]:
         return [words[(block + offset) >> 3] for block in blocks]

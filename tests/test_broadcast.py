@@ -124,6 +124,23 @@ def test_joining_again_does_nothing_and_reading_joins(ring, reader):
         one.join()
 
 
+def test_a_reader_counts_as_alive_from_when_it_gets_what_is_written(ring, name, monkeypatch):
+    """Who waits for one writes then."""
+    from shmring._words import Reader
+
+    end_of, seen = Reader._end_of, []
+
+    def while_joining(self, lane):
+        seen.append(ring.readers_alive())
+        return end_of(self, lane)
+
+    monkeypatch.setattr(Reader, "_end_of", while_joining)
+    with Ring.open(name) as one:
+        one.join()
+        assert seen == [0, 0] and ring.readers_alive() == one.readers_alive() == 1
+    assert ring.readers_alive() == 0
+
+
 def test_one_message_wakes_all_that_sleep(ring, reader, endless):
     readers = [reader() for _ in range(3)]
     got = []

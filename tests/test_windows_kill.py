@@ -311,6 +311,8 @@ def test_a_sleeping_writer_is_woken_by_the_successor_of_a_reader_that_died_befor
         told.hear()
         writer = children.start(there.write_messages, ring, heard, 9, 500)
         heard.hear(8)
+        # The second time: at first it waits for more than a message's room, and one read does not wake it.
+        wait_until(lambda: ring.stats().writer_parks >= 2, "that the writer sleeps for one message's room")
         wait_until(lambda: ring.stats().writers_parked, "that the writer sleeps")
         ask.say()
         assert children.join(victim) == KILLED
