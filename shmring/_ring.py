@@ -582,6 +582,7 @@ class Ring:
         It ends quietly when this handle is closed, and after `timeout` seconds without a message (None:
         never). Leaving the loop loses nothing. If this process dies in the loop, what it was handed is taken, and at
         most the message that was on its way to it; the others stay in the ring, also those that it had copied ahead.
+        MessagesLost ends it, as every exception ends a generator: what follows comes in another loop.
         """
         while True:
             steps = self._messages
