@@ -1166,11 +1166,8 @@ class Reader:
                     count = self._count(lane, pos)
                     if count >= 0:
                         break
-                    given_up = words[lane.given_up]
-                    if self._order:
-                        self._order()  # ORDER as in `_count`: write_pos is no older then
                     before, pos = pos, words[lane.write_pos]
-                    if pos == before or given_up > pos + layout.capacity:
+                    if pos == before:
                         break  # damage: nobody gives up the last mark before write_pos
             words[lane.messages_out] = max(0, count)
             words[lane.read_pos] = pos  # J3
