@@ -434,20 +434,12 @@ class WriteRingsDoorbell(WriteFindsSleeper):
         stage.sleeper(read_to_the_end)
 
 
-class WriteManyRingsDoorbell(WriteRingsDoorbell):
+class WriteManyRingsDoorbell(WriteManyFindsSleeper, WriteRingsDoorbell):
     """The same with a batch."""
 
-    def operate(self, me):
-        me.write_many(40, 16, 40)
 
-
-class FirstWriteRingsDoorbell(WriteRingsDoorbell):
+class FirstWriteRingsDoorbell(FirstWrite, WriteRingsDoorbell):
     """The same with the claim, which opens the doorbell and rings it."""
-
-    role = None
-
-    def prepare(self, me):
-        me.open()
 
 
 class AttachDoorbell(Reading):

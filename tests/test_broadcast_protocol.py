@@ -7,10 +7,11 @@ successor in the same slot has the same ones.
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
+import test_protocol
 from conftest import WINDOWS
-from model import Model
 from test_protocol import FENCES, FULL, MEMBARRIER, PARK, case, change, cut, editing, fill, move, scenario
 
 if WINDOWS:
@@ -483,19 +484,7 @@ SLOW = (  # on "free" memory
 )  # fmt: skip
 NEVER = LATER_OVERTAKES, A_PLACE_IS_TAKEN  # it takes hours
 MODES = FENCES, MEMBARRIER
-
-
-def explore(name, memory, mode, edit=None):
-    """Run a scenario, with programs that `edit` has changed."""
-    made = SCENARIOS[name]
-    programs = {who: mode[1](program) for who, program in made.programs.items()}
-    if edit:
-        edited = {who: mode[1](edit(who, program)) for who, program in made.programs.items()}
-        assert edited != programs, "nothing was changed"
-        programs = edited
-    result = Model(programs, memory, made.start, **made.events).explore()
-    print(f"{result.states:,} states. {result.loss}", *result.trace, sep="\n    ")
-    return result
+explore = partial(test_protocol.explore, scenarios=SCENARIOS)
 
 
 @pytest.mark.parametrize(

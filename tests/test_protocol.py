@@ -770,9 +770,9 @@ def takes_long(name, memory, mode):
     return name in LONG or memory == "free" and name in SLOW[mode]
 
 
-def explore(name, memory, mode, edit=None):
+def explore(name, memory, mode, edit=None, scenarios=SCENARIOS):
     """Run a scenario, with programs that `edit` has changed."""
-    scenario = SCENARIOS[name]
+    scenario = scenarios[name]
     programs = {who: mode[1](program) for who, program in scenario.programs.items()}
     if edit:
         edited = {who: mode[1](edit(who, program)) for who, program in scenario.programs.items()}
