@@ -76,6 +76,8 @@ def fuzz_headers(name, seed, cases):
                     assert other._segment.layout.segment_bytes == size == said
                     assert data[:16] == header[:16] and zlib.crc32(data[:120]) == struct.unpack("=Q", data[120:128])[0]
                     if size == layout.segment_bytes:
+                        if other._segment.layout.broadcast:  # all sizes of one that has one reader fit that too
+                            other.join()
                         other.write(b"x", timeout=0)
                         assert other.read(timeout=0) == b"x"
             finally:

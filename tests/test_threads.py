@@ -292,12 +292,15 @@ def test_ctrl_c_ends_a_wait_also_with_other_threads_about(name, block, others, m
         if block == "write":
             ring.write(bytes(4000))
         about = [Thread(calls[block]) for _ in range(others)]
+        expecting = threading.Event()
+
+        def parks():
+            return ring.stats().writer_parks if block == "write" else ring.stats().reader_parks
 
         def interrupt():
-            if block == "write":
-                wait_until(lambda: ring.stats().writer_parks > others, "parking")
-            else:
-                wait_until(lambda: ring.stats().reader_parks > others, "parking")
+            expecting.wait()
+            before = parks()  # the others may park several times
+            wait_until(lambda: parks() > before + others, "parking")
             if hasattr(signal, "pthread_kill"):
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             else:
@@ -305,6 +308,7 @@ def test_ctrl_c_ends_a_wait_also_with_other_threads_about(name, block, others, m
 
         interrupting = Thread(interrupt)
         with pytest.raises(KeyboardInterrupt):
+            expecting.set()
             calls[block]()
         assert interrupting.result() is None
         assert all(thread.is_alive() for thread in about)
