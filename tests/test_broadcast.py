@@ -536,6 +536,7 @@ def test_nothing_torn_comes_from_a_writer_at_full_speed(name, children, shared, 
                 ring.join()
                 first = None
                 while True:
+                    is_over = words[1]  # before the look: what came before the end is there then
                     try:
                         message = WAYS[way](ring) if ring.wait_doorbell(0.05) else None
                     except MessagesLost as error:
@@ -543,7 +544,7 @@ def test_nothing_torn_comes_from_a_writer_at_full_speed(name, children, shared, 
                         lost += error.count
                         continue
                     if message is None:
-                        if words[1]:
+                        if is_over:
                             break
                         continue
                     number, checksum = struct.unpack_from("=QI", message)
