@@ -105,8 +105,10 @@ class Bursts:
         try:
             self.handle = self._raise
             self.fire()
-            function()
-            self.handle = None
+            try:
+                function()
+            finally:
+                self.handle = None  # also after an exception: what it raises is not for who called
             return False
         except KeyboardInterrupt:
             return True
@@ -217,18 +219,18 @@ def test_a_read_that_is_interrupted_does_not_lose_its_message(name, bursts, size
 def test_a_read_that_waits_and_is_interrupted_does_not_lose_its_message(name, bursts, way):
     """Another thread writes, one message after the other, so that each read waits for a moment."""
     got, hit, total = [], 0, 0
-    end = time.monotonic() + 2 * SECONDS
+    end, over = time.monotonic() + 2 * SECONDS, threading.Event()
     with Ring.create(name, 1 << 20, spin=0) as ring:
 
         def write():
             nonlocal total
-            while time.monotonic() < end:
+            while not over.is_set():
                 ring.write(message(total, 1), timeout=DEADLINE)
                 total += 1
                 time.sleep(20e-6)
 
         def read():
-            while time.monotonic() < end:
+            while bursts.go_on(end, hit):
                 if way == "loop":
                     for one in ring.messages(timeout=0.01):
                         got.append(one)
@@ -237,11 +239,14 @@ def test_a_read_that_waits_and_is_interrupted_does_not_lose_its_message(name, bu
 
         thread = threading.Thread(target=write)
         thread.start()
-        while time.monotonic() < end:
-            with contextlib.suppress(TimeoutError):
-                hit += bursts.interrupted(read)
-        bursts.handle = None
-        thread.join()
+        try:
+            while bursts.go_on(end, hit):
+                with contextlib.suppress(TimeoutError):
+                    hit += bursts.interrupted(read)
+        finally:
+            bursts.handle = None
+            over.set()
+            thread.join()
         got.extend(ring.messages(timeout=0))
         account(got, total, hit)
 
@@ -312,7 +317,7 @@ def test_a_handler_that_uses_the_ring_succeeds_or_is_refused_but_never_hangs(nam
             thread.start()
         try:
             end = time.monotonic() + SECONDS
-            while bursts.go_on(end, bursts.count):
+            while bursts.go_on(end, bursts.count if refused or others else 0):
                 bursts.handle = use
                 bursts.fire()
                 for _ in range(40):
