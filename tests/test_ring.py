@@ -12,7 +12,7 @@ import threading
 import time
 
 import pytest
-from conftest import DEADLINE
+from conftest import DEADLINE, wait_until
 
 import shmring
 from shmring import (
@@ -456,12 +456,20 @@ def test_spin_is_checked(name, spin):
 @pytest.mark.parametrize("spin, parks", [(0, True), (1, False)])
 def test_spinning_is_part_of_the_timeout(name, spin, parks):
     with Ring.create(name, 4096, spin=spin) as ring:
-        with pytest.raises(RingTimeout):
-            ring.read(timeout=0.01)
+
+        def reads():
+            with pytest.raises(RingTimeout):
+                ring.read(timeout=0.01)
+            return bool(ring.stats().reader_parks) == parks
+
+        def writes():
+            with pytest.raises(RingTimeout):
+                ring.write(bytes(4000), timeout=0.01)
+            return bool(ring.stats().writer_parks) == parks
+
+        wait_until(reads)  # not once: whose time is up before it is let run does not park
         ring.write(bytes(4000))
-        with pytest.raises(RingTimeout):
-            ring.write(bytes(4000), timeout=0.01)
-        assert bool(ring.stats().reader_parks) == bool(ring.stats().writer_parks) == parks
+        wait_until(writes)
 
 
 # ---------------------------------------------------------------- statistics
