@@ -199,7 +199,13 @@ def test_a_stopped_reader_keeps_its_role_and_writers_fill_their_lanes_and_wait(n
         wait_until(lambda: ring.stats().readers_parked)
         stop(reader)
         writers = [children.fork(write_numbered, ring, writer, count) for writer in (1, 2)]
-        wait_until(lambda: ring.stats().writers_parked == 2, "the lanes are full, and both writers sleep")
+
+        def for_good():
+            """Each the second time: at first they sleep for more than a message's room, and not for long."""
+            stats = ring.stats()
+            return stats.writers_parked == 2 and stats.writer_parks >= 4
+
+        wait_until(for_good, "the lanes are full, and both writers sleep")
         any_time()
         refused(ring.try_read, late.try_read, lambda: late.read(timeout=0), late.read_many)
         stats = ring.stats()

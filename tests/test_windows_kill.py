@@ -344,12 +344,13 @@ def test_who_is_killed_in_its_sleep_leaves_its_role_and_its_bell_to_the_next_one
                 stats.writers_parked, stats.writer_parks
             )  # fmt: skip
 
+        times = {"reader": 1, "writer": 2}[role]  # a writer sleeps at first for more than its message's room
         victim = sleep()
-        wait_until(lambda: asleep() == (1, 1), f"that the {role} sleeps")
+        wait_until(lambda: asleep() == (1, times), f"that the {role} sleeps")
         children.kill(victim)
-        assert asleep() == (1, 1)
+        assert asleep() == (1, times)
         successor = sleep()
-        wait_until(lambda: asleep() == (1, 2), f"that the next {role} sleeps")
+        wait_until(lambda: asleep() == (1, 2 * times), f"that the next {role} sleeps")
         if role == "reader":
             ring.write(b"here it is")
         else:
