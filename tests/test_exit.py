@@ -168,8 +168,10 @@ def test_a_thread_that_closes_the_ring_while_the_interpreter_ends(run):
             ring.close()
             go_on.append(Ring.create(name + "-late", 4096))
             go_on.pop().close()
+        closing = threading.Thread(target=close, daemon=True)
+        atexit.register(closing.join)  # after the ring's own handler; the other ring must not be left half-way
         ring = used()
-        threading.Thread(target=close, daemon=True).start()
+        closing.start()
     """)
         == ""
     )
