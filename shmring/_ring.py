@@ -867,7 +867,8 @@ class Ring:
 
         A broadcast ring's writer is not woken by a reader that was killed, nor any by one whose doorbell was not rung.
         """
-        if parking is self._writer.parking and (self._segment.layout.broadcast or self._writer.is_mute):
+        writer = self._writer  # maybe of a handle that another thread is closing
+        if parking is writer.parking and (self._segment.layout.broadcast or writer.is_mute):
             return _earlier(time.perf_counter() + MOURNING, deadline)
         return deadline
 
@@ -978,10 +979,10 @@ class Ring:
         Raises:
             RingClosed: The handle is closed.
         """
-        segment = self._segment
+        segment, reader = self._segment, self._reader
         if self._closed:
             raise self._is_closed()
-        seen = survey(segment, self._reader.slot if self._reader.claimed else -1)
+        seen = survey(segment, reader.slot if reader.claimed else -1)
         return RingStats(
             messages_in=sum(seen.put),
             messages_out=sum(seen.taken),

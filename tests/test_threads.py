@@ -257,6 +257,48 @@ def test_stats_beside_a_close_say_how_it_is_or_that_it_is_closed(name):
         assert [thread.result() for thread in threads] == ["closed"] * 2
 
 
+def test_stats_of_a_reader_that_is_closed_in_the_midst_of_them_say_how_it_is_or_that_it_is_closed(name, monkeypatch):
+    ring = Ring.create(name, 4096)
+    ring.write(b"")
+    ring.read()
+    claimed = _words.Reader.claimed
+
+    def close_after(reader):
+        answer = claimed.fget(reader)
+        ring.close()  # as another thread would
+        return answer
+
+    monkeypatch.setattr(_words.Reader, "claimed", property(close_after))
+    with pytest.raises(RingClosed):
+        ring.stats()
+
+
+def test_a_writer_whose_handle_is_closed_before_it_knows_when_to_look_again_is_told_so(name, monkeypatch):
+    ring = Ring.create(name, 4096)
+    ring.write(bytes(4000))
+    parking, close = ring._writer.parking, ring.close
+
+    class Layout:
+        @property
+        def broadcast(self):
+            close()  # as another thread would
+            return False
+
+    monkeypatch.setattr(ring, "_segment", SegmentWith(ring._segment, Layout()))
+    ring._look_again(parking, None)
+    assert ring.closed
+
+
+class SegmentWith:
+    """A segment with another layout."""
+
+    def __init__(self, segment, layout):
+        self._segment, self.layout = segment, layout
+
+    def __getattr__(self, name):
+        return getattr(self._segment, name)
+
+
 def test_handles_that_are_closed_under_running_threads_end_them(name):
     """Whatever a thread is doing, it gets RingClosed, and close returns."""
     for turn in range(30):
