@@ -13,7 +13,7 @@ Header, at 0, 512 bytes. Written once by the creator before the ring has its nam
     16      8     segment_bytes    creator  size of the whole segment
     24      8     capacity         creator  bytes in a lane, a multiple of 4096
     32      4     writers          creator  lanes
-    36      4     readers          creator  0 one, 2 broadcast; 1, compete, is reserved
+    36      4     readers          creator  0 one, 1 compete, 2 broadcast
     40      4     reader_slots     creator  rows in the reader table
     44      4     cursor_rows      creator  rows in the cursor table
     48      4     flags            creator  bit 0: keep; bit 1: who lags loses messages
@@ -45,6 +45,8 @@ Reader table, after the lanes' table: 256 bytes for each of `reader_slots` reade
     0       8     reader_parked    reader       epoch; its lowest byte is 1: asleep or about to be, 0: awake
     8       8     reader_parks     reader       times a reader in this slot went to sleep
     16      8     joined           reader       broadcast: bit 0: a reader joins, or has; bit 1: it has; and a number
+                                                compete: a number that no reader before had in this slot
+    24      8     inside           reader       compete: 1 while it takes, or finds out whether it may
     128     4     reader_bell      the kernel   futex, as writer_bell
     132     4     -                -            zero
     136     8     reader_doorbell  reader       as writer_doorbell
@@ -61,11 +63,17 @@ Used table, after the cursors: one byte for each lane, and one that stays zero.
     offset  size  name             writer       meaning
     0       1     lane_used        claimants    1 once this lane or a later one was claimed, for ever
 
-Broadcast: asleep table, 128 bytes after it, with a byte for each of `reader_slots` readers, so that a writer tells by
-one load that nobody sleeps:
+Where there are several readers: asleep table after it, with a byte for each of `reader_slots` readers, so that a waker
+tells by one load that nobody sleeps:
 
     offset  size  name             writer       meaning
     0       1     reader_asleep    reader       1 while its reader_parked is odd, and a little longer
+
+Where readers compete: whose turn it is, 128 bytes after that:
+
+    offset  size  name             writer       meaning
+    0       8     turn             TURN         a reader: its `joined` and slot; bit 0: it has it, else wants it
+    8       8     turn_before      TURN         the one before, who may be inside while bit 0 of `turn` is 0
 
 Where who lags loses: marks table after that, MARKS marks of 16 bytes for each lane. A lane is given up in as many
 parts; the mark of a part tells where the first message is that begins in it (or after it, if none does):
@@ -93,6 +101,7 @@ place of the locks: files on macOS, events on Windows. The numbers are the same 
     PRESENCE         shared     every open handle
     PRESENCE         exclusive  whoever removes the name because nobody else has the ring open
     NAME             exclusive  whoever is about to remove the name (elsewhere: to change it)
+    TURN             exclusive  the reader that takes the turn over, where readers compete
     READER + slot    exclusive  the reader in this slot
     LANE + lane      exclusive  the writer of this lane
 """
@@ -106,10 +115,10 @@ from typing import Final
 
 from ._errors import RingCorrupted, RingIncompatible
 
-LAYOUT_VERSION: Final = 4
+LAYOUT_VERSION: Final = 5
 MAGIC: Final = b"shmring\0"
 MACHINES: Final = {"x86_64": 1, "AMD64": 1, "aarch64": 2, "arm64": 2, "ARM64": 2}
-READERS: Final = {"one": 0, "broadcast": 2}
+READERS: Final = {"one": 0, "compete": 1, "broadcast": 2}
 LAGS: Final = ("block", "drop")
 KEEP: Final = 1
 DROP: Final = 2
@@ -120,6 +129,7 @@ LANE_BYTES: Final = 256
 READER_BYTES: Final = 256
 CURSOR_BYTES: Final = 128
 ASLEEP_BYTES: Final = 128
+TURN_BYTES: Final = 128
 MARK_BYTES: Final = 16
 MARKS: Final = 16  # for each lane
 
@@ -135,6 +145,7 @@ WRITER_DOORBELL: Final = 152
 READER_PARKED: Final = 0
 READER_PARKS: Final = 8
 JOINED: Final = 16
+INSIDE: Final = 24
 READER_BELL: Final = 128
 READER_DOORBELL: Final = 136
 DOORBELL: Final = 8  # from a bell to what is said of its doorbell: these bits, and from 4 on a number
@@ -144,6 +155,8 @@ READ_POS: Final = 0
 MESSAGES_OUT: Final = 8
 MARK_COUNT: Final = 0
 MARK_POS: Final = 8
+TURN: Final = 0
+TURN_BEFORE: Final = 8
 
 RECORD_HEADER: Final = 8
 PADDING: Final = (1 << 64) - 1
@@ -151,11 +164,13 @@ PADDING: Final = (1 << 64) - 1
 # Locked bytes of the segment file.
 PRESENCE: Final = 1 << 60
 NAME: Final = PRESENCE + 1
+TURN_CLAIM: Final = PRESENCE + 2
 READER: Final = PRESENCE + (1 << 20)
 LANE: Final = PRESENCE + (1 << 21)
 
 MAX_WRITERS: Final = 1 << 12
-MAX_READERS: Final = 64
+MAX_READERS: Final = 64  # each with cursors of its own
+MAX_COMPETING: Final = 1 << 10
 MAX_CAPACITY: Final = 1 << 40
 MAX_NAME: Final = 200
 
@@ -169,36 +184,53 @@ class Layout:
     Attributes:
         slots: Readers at a time.
         broadcast: Each of them reads all messages, with cursors of its own.
+        compete: One of them gets each message; they share the cursors.
         drop: Writers do not wait for readers.
         part: Bytes that a writer gives up at a time, with `drop`.
     """
 
     __slots__ = (
-        "asleep_offset", "broadcast", "capacity", "cursors_offset", "drop", "keep", "lanes_offset", "marks_offset",
-        "max_message", "nonce", "part", "readers_offset", "segment_bytes", "slots", "used_offset", "writers",
+        "asleep_offset", "broadcast", "capacity", "compete", "cursors_offset", "drop", "keep", "lanes_offset",
+        "marks_offset", "max_message", "nonce", "part", "readers_offset", "rows", "segment_bytes", "slots",
+        "turn_offset", "used_offset", "writers",
     )  # fmt: skip
 
     def __init__(
-        self, capacity: int, writers: int, keep: bool, nonce: bytes, slots: int = 0, drop: bool = False
+        self,
+        capacity: int,
+        writers: int,
+        keep: bool,
+        nonce: bytes,
+        slots: int = 0,
+        drop: bool = False,
+        compete: bool = False,
     ) -> None:
-        """`slots` are those of a broadcast ring; 0 is one reader."""
+        """`slots` are those of a ring with several readers; 0 is one reader."""
         self.capacity = capacity
         self.writers = writers
         self.keep = keep
         self.nonce = nonce
-        self.broadcast = slots > 0
+        self.compete = compete
+        self.broadcast = slots > 0 and not compete
         self.slots = slots or 1
+        self.rows = slots if self.broadcast else 1
         self.drop = drop
         self.part = capacity // MARKS
         self.readers_offset = HEADER_BYTES + writers * LANE_BYTES
         self.cursors_offset = self.readers_offset + self.slots * READER_BYTES
-        self.used_offset = self.cursors_offset + self.slots * writers * CURSOR_BYTES
+        self.used_offset = self.cursors_offset + self.rows * writers * CURSOR_BYTES
         self.asleep_offset = round_up(self.used_offset + writers + 1, ASLEEP_BYTES)
-        self.marks_offset = self.asleep_offset + (ASLEEP_BYTES if self.broadcast else 0)
+        self.turn_offset = self.asleep_offset + round_up(slots, ASLEEP_BYTES)
+        self.marks_offset = self.turn_offset + (TURN_BYTES if compete else 0)
         self.lanes_offset = round_up(self.marks_offset + (writers * MARKS * MARK_BYTES if drop else 0), PAGE)
         self.segment_bytes = self.lanes_offset + writers * capacity
         # What is given up for a message has to leave the one before it, and a part.
         self.max_message = (capacity // 2 if drop else capacity) - RECORD_HEADER
+
+    @property
+    def readers(self) -> str:
+        """Which of `READERS`."""
+        return "broadcast" if self.broadcast else "compete" if self.compete else "one"
 
     def lane_block(self, lane: int) -> int:
         return HEADER_BYTES + lane * LANE_BYTES
@@ -255,7 +287,7 @@ def new_layout(
     for what, value, most in (
         ("capacity", capacity, MAX_CAPACITY),
         ("writers", writers, MAX_WRITERS),
-        ("max_readers", max_readers, MAX_READERS),
+        ("max_readers", max_readers, MAX_COMPETING if readers == "compete" else MAX_READERS),
     ):
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{what} is an int, not {type(value).__name__}")
@@ -265,11 +297,10 @@ def new_layout(
         raise ValueError(f"readers={readers!r}: this version knows {', '.join(map(repr, READERS))}")
     if lag not in LAGS:
         raise ValueError(f"lag={lag!r}: it is one of {', '.join(map(repr, LAGS))}")
-    broadcast = readers == "broadcast"
-    if lag == "drop" and not broadcast:
+    if lag == "drop" and readers != "broadcast":
         raise ValueError(f"lag='drop' is for readers='broadcast'; with readers={readers!r} writers wait")
-    slots = max_readers if broadcast else 0
-    return Layout(round_up(capacity, PAGE), writers, bool(keep), os.urandom(16), slots, lag == "drop")
+    slots, compete = 0 if readers == "one" else max_readers, readers == "compete"
+    return Layout(round_up(capacity, PAGE), writers, bool(keep), os.urandom(16), slots, lag == "drop", compete)
 
 
 def pack_header(layout: Layout, machine: str) -> bytes:
@@ -281,9 +312,9 @@ def pack_header(layout: Layout, machine: str) -> bytes:
         layout.segment_bytes,
         layout.capacity,
         layout.writers,
-        READERS["broadcast" if layout.broadcast else "one"],
+        READERS[layout.readers],
         layout.slots,
-        layout.slots,
+        layout.rows,
         (KEEP if layout.keep else 0) | (DROP if layout.drop else 0),
         0,
         layout.lanes_offset,
@@ -317,14 +348,16 @@ def parse_header(header: bytes, segment_bytes: int | None, machine: str, name: s
         raise RingCorrupted(f"ring {name!r}: the checksum over its header does not fit")
     fields = _HEADER.unpack_from(header)
     _, _, _, size, capacity, writers, readers, slots, rows, flags, _, lanes_offset, nonce = fields
-    broadcast = readers == READERS["broadcast"]
-    if readers not in READERS.values() or not broadcast and (slots, rows, flags & DROP) != (1, 1, 0):
+    broadcast, compete = readers == READERS["broadcast"], readers == READERS["compete"]
+    if readers not in READERS.values() or flags & DROP and not broadcast:
         raise RingIncompatible(f"ring {name!r} has readers of kind {readers}, unknown to this copy of shmring")
     if capacity % PAGE or not (0 < capacity <= MAX_CAPACITY and 0 < writers <= MAX_WRITERS):
         raise RingCorrupted(f"ring {name!r}: capacity {capacity:,} with {writers:,} lanes cannot be")
-    if slots != rows or not 0 < slots <= MAX_READERS:
+    most = MAX_COMPETING if compete else MAX_READERS if broadcast else 1
+    if not 0 < slots <= most or rows != (slots if broadcast else 1):
         raise RingCorrupted(f"ring {name!r}: {slots:,} readers with {rows:,} rows of cursors cannot be")
-    layout = Layout(capacity, writers, bool(flags & KEEP), nonce, slots if broadcast else 0, bool(flags & DROP))
+    several = slots if broadcast or compete else 0
+    layout = Layout(capacity, writers, bool(flags & KEEP), nonce, several, bool(flags & DROP), compete)
     if (size, lanes_offset) != (layout.segment_bytes, layout.lanes_offset):
         raise RingCorrupted(f"ring {name!r}: its header's sizes do not fit together")
     if segment_bytes is not None and size != segment_bytes:

@@ -36,10 +36,13 @@ def _set(future: asyncio.Future[None]) -> None:
 class Watch:
     """The tasks that wait for a side of a handle, in any number of loops, whose doorbell is attached."""
 
-    def __init__(self, parking: Parking, nothing: Callable[[int], bool]) -> None:
-        """`nothing` says whether there is nothing for who needs so much."""
+    def __init__(
+        self, parking: Parking, nothing: Callable[[int], bool], unheard: Callable[[], None] | None = None
+    ) -> None:
+        """`nothing` says whether there is nothing for who needs so much; `unheard` is for a ring that no task heard."""
         self.parking = parking
         self._nothing = nothing
+        self._unheard = unheard
         self._doorbell: Doorbell = parking.attach()
         self._waiting: list[_Waiting] = []
         self._listening: list[asyncio.AbstractEventLoop] = []
@@ -52,13 +55,17 @@ class Watch:
         if quick < BUSY:
             return False
         if quick == BUSY:
-            if not self._waiting:
-                self.parking.disarm()
-                self._wake()  # those of another thread's loop that came in between look again
+            self.rest()
         elif quick > BURST:
             self._quick = BUSY
             return True
         return False
+
+    def rest(self) -> None:
+        """Have nobody ring while no task waits."""
+        if not self._waiting:
+            self.parking.disarm()
+            self._wake()  # those of another thread's loop that came in between look again
 
     async def wait(self, needs: int, deadline: float | None) -> None:
         """Sleep while there is nothing, until `deadline` (time.perf_counter), or for no reason at all.
@@ -114,6 +121,9 @@ class Watch:
                 try:
                     self.parking.hear()
                 finally:
+                    if self._unheard is not None and not self._waiting:
+                        self.parking.disarm()
+                        self._unheard()
                     self._wake(asyncio._get_running_loop())
             except BaseException:
                 self._doorbell.ring()  # a signal handler's: who has not been told yet is told when it is heard again

@@ -28,6 +28,7 @@ from ._words import (
     PACKED,
     RESERVED,
     Borrow,
+    CompetingReader,
     Gather,
     GiveBack,
     Parking,
@@ -62,7 +63,7 @@ TIGHT: Final = 5e-6
 # needs. It is never more than what is free when the reader has taken everything, and the reader rings before it parks.
 ROOM: Final = 4
 PATIENCE: Final = 0.01
-MOURNING: Final = 0.1  # seconds after which a broadcast ring's writer asks whether the readers that it waits for live
+MOURNING: Final = 0.1  # seconds after which who waits for several readers looks whether one has died
 OPEN_AGAIN: Final = 0.002  # seconds between two tries of `open` with a timeout, or two looks for somebody to come
 
 _open_rings: dict[int, weakref.ref[Ring]] = {}
@@ -125,7 +126,8 @@ class Ring:
     Its roles are taken when they are first used: the first write claims a lane, the first read claims
     the reader's role, and both are held until `close`, or until the process dies. After a fork the
     child's handle works and holds no role. Pickling a handle (spawn, forkserver) opens the ring by name.
-    A signal handler may use a handle, but gets RuntimeError where it came in the middle of an operation on it.
+    A signal handler may use a handle, but gets RuntimeError where it came in the middle of an operation on it (or,
+    if it waits for a message that competing readers take, on another handle of that ring).
 
     A message is in the ring when `write` returns and out of it when `read` returns. Each writer's
     messages are read in the order in which it wrote them; between writers there is no order.
@@ -146,7 +148,7 @@ class Ring:
 
     def _take_up(self) -> None:
         """Begin with no role; also in a forked child, where the parent's states must not be used."""
-        self._reader = Reader(self._segment)
+        self._reader = (CompetingReader if self._segment.layout.compete else Reader)(self._segment)
         self._writer = Writer(self._segment, self._reader)
         sides = self._writer, self._reader
         self._ending = Monitor(partial(_ending, *sides, self._segment), sides)
@@ -182,9 +184,11 @@ class Ring:
             capacity: Bytes for each lane, framing included; rounded up to a multiple of 4096 (see
                 `capacity`). The memory of a lane is taken when the lane is first claimed.
             writers: Lanes, that is, handles that can write at a time; 1 to 4096.
-            readers: "one": one handle reads, a second one that tries gets RingBusy. "broadcast": each of several
-                handles reads every message that is written after it has joined; see `join`.
-            max_readers: Handles that can read a broadcast ring at a time; 1 to 64.
+            readers: "one": one handle reads, a second one that tries gets RingBusy. "compete": of several handles
+                one gets each message, whoever is first: a work queue. "broadcast": each of several handles reads
+                every message that is written after it has joined; see `join`.
+            max_readers: Handles that can read at a time where there are several; 1 to 64 that broadcast, to 1024
+                that compete.
             lag: What happens in a broadcast ring when a reader lags by a whole lane. "block": writers wait for the
                 slowest living reader; for a dead one a tenth of a second at most; for nobody if there is none.
                 "drop": writers never wait. A reader that was overtaken gets MessagesLost with their exact number,
@@ -486,7 +490,7 @@ class Ring:
                     deadline = _deadline(timeout)
                     tight_until = now + TIGHT
                     spin_until = _earlier(now + self._read_spin.seconds(), deadline)
-                if now >= spin_until:
+                if now >= spin_until and not self._reader.was_refused():
                     self._read_spin.learn(False)
                     break
                 if now > tight_until:
@@ -520,6 +524,8 @@ class Ring:
         message: Any = None
         try:
             for message in self._messages:  # as in `read`
+                if message is None and self._reader.was_refused():
+                    break
                 return message  # type: ignore[no-any-return]
         except BaseException as error:
             if message is not None:
@@ -627,7 +633,8 @@ class Ring:
 
         Its descriptor is sure to become readable when a message comes only after `try_read` has returned None (or a
         read has raised RingTimeout): that makes it unreadable, announces this reader as asleep, and looks again. So:
-        take messages until there is none, then wait. It may be readable with nothing there. Attaching
+        take messages until there is none, then wait. It may be readable with nothing there. Where readers compete, wait
+        with a time-out: the message for which another one was woken, that was killed, rings nobody. Attaching
         again does nothing. Tasks of asyncio need none of this; see `read_async`.
 
         Raises:
@@ -672,17 +679,26 @@ class Ring:
             RingClosed: The handle is closed, maybe by another thread meanwhile.
         """
         deadline = _deadline(timeout)
-        parking, reader = self._parking_of_reader(), self._reader
+        reader = self._reader  # first: closed by another thread in between, it refuses
+        parking = self._parking_of_reader()
 
         def attempt() -> bool:
-            return not reader.nothing()
+            try:
+                return not reader.nothing()
+            except MonitorClosed:
+                raise self._is_closed() from None
 
         self._spin_on(attempt, self._read_spin, deadline)
         try:
             self._wait(attempt, parking, reader.nothing, lambda: 0, deadline, "no message in")
-        except RingTimeout:
-            return False
-        return True
+            return True
+        except RingClosed:
+            raise
+        except BaseException as error:
+            reader.pass_on()
+            if isinstance(error, RingTimeout):
+                return False
+            raise
 
     async def read_async(self, *, timeout: float | None = None) -> bytes:
         """`read` for tasks of asyncio: others run while it waits, with no helper thread.
@@ -716,18 +732,26 @@ class Ring:
         watch = self._watches.get(reader)
         if watch is None:
             watch = self._watch(reader, self._parking_of_reader(), lambda needs: reader.nothing())
-        if watch.is_time_to_pause():
-            await _let_others_run()
-        while True:
-            answer = take()
-            if answer is not None:
-                return answer
-            if deadline is not None and time.perf_counter() >= deadline:
-                raise RingTimeout(f"no message in ring {self.name!r} within the timeout")
-            try:
-                await watch.wait(0, deadline)
-            except MonitorClosed:
-                raise self._is_closed() from None
+        try:
+            if watch.is_time_to_pause():
+                await _let_others_run()
+            while True:
+                answer = take()
+                if answer is not None:
+                    return answer
+                if deadline is not None and time.perf_counter() >= deadline:
+                    raise RingTimeout(f"no message in ring {self.name!r} within the timeout")
+                try:
+                    await watch.wait(0, self._look_again(watch.parking, deadline))
+                except MonitorClosed:
+                    raise self._is_closed() from None
+        except RingClosed:
+            raise
+        except BaseException:
+            if self._segment.layout.compete:
+                watch.rest()
+            reader.pass_on()
+            raise
 
     async def write_async(self, data: Buffer, *, timeout: float | None = None) -> None:
         """`write` for tasks of asyncio: others run while it waits for room. One that is cancelled has written nothing.
@@ -772,7 +796,8 @@ class Ring:
         return reader.parking
 
     def _arm(self, reader: Reader) -> bool:
-        assert reader.parking is not None
+        if reader.parking is None:
+            raise self._is_closed()
         try:
             return reader.parking.arm(reader.nothing, 0)
         except MonitorClosed:
@@ -782,7 +807,8 @@ class Ring:
         from ._loop import Watch  # asyncio takes longer to import than all of this package
 
         try:
-            watch = self._watches.setdefault(side, Watch(parking, nothing))
+            unheard = self._reader.pass_on if side is self._reader and self._segment.layout.compete else None
+            watch = self._watches.setdefault(side, Watch(parking, nothing, unheard))
         except MonitorClosed:
             raise self._is_closed() from None
         if side is self._reader:
@@ -817,7 +843,13 @@ class Ring:
                 raise self._is_closed()
             if not spun:
                 self._spin_on(attempt, self._read_spin, deadline)
-            self._wait(attempt, reader.parking, reader.nothing, lambda: 0, deadline, "no message in")
+            try:
+                self._wait(attempt, reader.parking, reader.nothing, lambda: 0, deadline, "no message in")
+            except RingClosed:
+                raise
+            except BaseException:
+                reader.pass_on()
+                raise
         return answer
 
     # ------------------------------------------------------------ waiting
@@ -866,9 +898,10 @@ class Ring:
         """When who parks there is to look again.
 
         A broadcast ring's writer is not woken by a reader that was killed, nor any by one whose doorbell was not rung.
+        Where readers compete nobody takes up a dead one's part at once.
         """
-        writer = self._writer  # maybe of a handle that another thread is closing
-        if parking is writer.parking and (self._segment.layout.broadcast or writer.is_mute):
+        layout, writer = self._segment.layout, self._writer  # maybe of a handle that another thread is closing
+        if layout.compete or parking is writer.parking and (layout.broadcast or writer.is_mute):
             return _earlier(time.perf_counter() + MOURNING, deadline)
         return deadline
 
@@ -1027,7 +1060,7 @@ class Ring:
             raise self._is_closed()
         if segment.layout.broadcast:
             return len(joined_slots(segment, reader.slot if reader.claimed else -1))
-        return int(reader.claimed) + segment.claimed(_layout.READER, 1)
+        return int(reader.claimed) + segment.claimed(_layout.READER, segment.layout.slots)
 
     def wait_for_writer(self, timeout: float | None = None) -> bool:
         """Wait until a handle has written, or tried to, and is still there: until `writers_alive` is not 0.
@@ -1236,6 +1269,10 @@ class _Remains:
 
     def give_back(self, request: ReadRequest) -> None:
         """There is nobody to give it to."""
+
+    def was_refused(self) -> bool:
+        """Nobody is any more."""
+        return False
 
 
 def _ending(writer: Writer, reader: Reader, segment: Segment) -> Generator[None, str, None]:

@@ -69,6 +69,37 @@ part of the lane at a time. For the first record that begins in a part the write
 reader that was overtaken finds the oldest record that was not given up, and how many there were before it: the
 mark's place is used again only after its part was given up, so a mark that lies behind given_up is whole.
 
+Where readers compete (``readers="compete"``) they share one cursor on every lane, and take one at a time: whose turn
+it is. It stays the same reader's until another one takes it over, which costs that one much, and who has it almost
+nothing: it says that it is inside, and looks whether it still is its turn.
+
+    who has it                                 who takes it over
+    T1  inside is 1                            X1  claim the right to: one at a time
+    T2  fence, unless others make us           X2  the one before is noted, and turn is ours, but not yet to be had
+    T3  turn is ours: else leave               X3  fence, and make every reader fence
+    R1 to R3, by what the words say now        X4  the one before not inside, or dead: turn is to be had
+    T4  inside is 0                            X5  give the claim back
+    T5  fence                                  X6  it is not, but the one before is not inside any more? once more
+    R5, and T6: a message left, and a reader
+        asleep? ring one
+
+T1 T2 T3 against X2 X3 X4: either who takes over sees the other one inside, or that one sees that it is its turn no
+more. Nobody waits: who is refused, because somebody is inside or takes over, has nothing to read for now. A turn that
+was taken over half (its taker was refused at X4, or killed) is nobody's; who comes next takes it over from the same
+one before. So a dead reader needs no mending: if it was inside, the kernel's word lets the next one go on from what
+R3 says.
+
+Who sleeps in such a ring does T7 after S6: fence, and make every waker fence. A writer that saw the epoch then has
+published what it rings for, so T6 sees it, if it is not for the one that wakes.
+
+A reader that was refused may fall asleep: S3 before S4, where it is refused once more, and T4 T5 before T6, so either
+nobody is inside any more, or whoever was sees the epoch. If it was refused at X1, who had the claim comes to T6, or to
+X6, and either finds that nobody is inside, or leaves it to whoever is. W5 rings one reader that sleeps and that this
+writer has not rung yet, T6 the next one as long as there are messages; so as many are awake as there is work for. Who
+was rung and leaves without a message (its time is up, its task was cancelled, it closes) makes every waker fence and
+does T6 for others. Who was rung and was killed, or stopped, cannot; nor does a writer that waits for room hear of it
+when its reader was killed between R3 and R5. So all who sleep here look again after a while.
+
 The locked instruction of W4 and R4 would cost more than all the rest, so where the system can make
 the other side fence (S3: Linux, membarrier) wakers that have registered leave theirs out.
 """
@@ -95,6 +126,9 @@ PACKED: Final = 1024  # bytes; messages up to this go in by struct, one call for
 JOINED: Final = 16384  # bytes; longer ones are not worth joining, which copies them once more
 BURST: Final = 65536  # bytes that are published, or copied out, in one go at most
 COUNTED: Final = 100  # times that a reader who joins tries to have a position and a count that belong together
+PATIENCE: Final = 200  # times that a competing reader leaves the turn to another one, one after another
+IDLE: Final = 10  # of these, each time that the other one has not taken anything meanwhile
+AHEAD: Final = 64  # messages that a competing reader copies before it knows whether it gets them
 BLOCKS: Final = (64, 8, 1)  # records that one struct takes apart: many take a quarter of the time of one at a time
 
 WORD: Final = (1 << 64) - 1
@@ -305,6 +339,9 @@ class Borrow(InPlace):
     given = False
 
 
+PROBE: Final = object()  # to a competing reader's monitor: is it nobody's turn?
+
+
 class GiveBack(NamedTuple):
     """Messages that are out of the ring but did not reach the caller."""
 
@@ -460,8 +497,16 @@ class Parking:
                     deadline = soon if deadline is None else min(soon, deadline)
                 self._segment.wait(self._bell, noted, deadline)  # S5
         finally:
-            with suppress(MonitorClosed):  # who waits finds out; here it would replace what a signal handler raised
+            try:
                 self._monitor.enter((sleeper, None))
+            except MonitorClosed:
+                pass  # who waits finds out; here it would replace what a signal handler raised
+            except BaseException:
+                with suppress(MonitorClosed):  # else who competes with this handle's reader would not be rung
+                    self._monitor.enter((sleeper, None))
+                raise
+            if self._asleep and self._segment.layout.compete:
+                self._segment.sleeper_fence()  # T7: a waker that saw the epoch has published before T6 looks
 
     def attach(self) -> Doorbell:
         """Have a doorbell, if there is none yet."""
@@ -533,6 +578,52 @@ class Parking:
         self._segment.wake(self._bell)
 
 
+class ReaderBells:
+    """The bells of a ring's readers, for one waker. It rings who sleeps, once for each time that it fell asleep."""
+
+    def __init__(self, segment: Segment, reader: Reader | None = None) -> None:
+        """`reader` is the waker if it is one: it is awake, whatever it has announced for its doorbell."""
+        self._segment = segment
+        self._reader = reader
+        self._order = segment.order_fence()
+        self._rung = [0] * segment.layout.slots  # the epoch of each that was last rung
+        self._next = 0  # where competing readers are looked for first: each has its turn
+
+    @property
+    def are_mute(self) -> bool:
+        """Was there no descriptor left for a doorbell? Then it is to be rung with what comes next, be it a wait."""
+        return any(rung < 0 for rung in self._rung)
+
+    def asleep(self) -> tuple[Any, int]:
+        """What tells by one load that no reader sleeps, and where: an epoch's lowest byte, or a byte for each."""
+        layout = self._segment.layout
+        if layout.readers == "one":
+            return self._segment.map, layout.readers_offset + _layout.READER_PARKED
+        if layout.slots <= 8:
+            return self._segment.words, layout.asleep_offset >> 3
+        return _Any(self._segment.map, layout.asleep_offset, layout.asleep_offset + layout.slots), 0
+
+    def ring(self) -> None:
+        """W5, when a reader is asleep: all of them, or, where they compete, one."""
+        segment, layout = self._segment, self._segment.layout
+        first = self._next
+        ours = -1 if self._reader is None else self._reader.slot
+        for number in range(first, first + layout.slots):
+            slot = number % layout.slots
+            if slot == ours:
+                continue
+            block = layout.reader_block(slot)
+            epoch = segment.words[(block + _layout.READER_PARKED) >> 3]
+            if epoch & 1 and epoch != self._rung[slot]:
+                if self._order:
+                    self._order()  # ORDER epoch before doorbell, as they were stored
+                rung = segment.ring(block + _layout.READER_BELL)
+                self._rung[slot] = epoch if rung else -1  # after it: an exception in between rings twice, harmlessly
+                if layout.compete and rung:
+                    self._next = slot + 1
+                    return
+
+
 # ---------------------------------------------------------------- writing
 
 
@@ -548,7 +639,7 @@ class Writer:
         self._segment = segment
         self._reader = reader
         self._lane = -1  # also while a claim is tried: an exception right after it must not lose it
-        self._rung = [0] * segment.layout.slots  # each reader's epoch that this handle last rang
+        self._bells = ReaderBells(segment)
         self._gone = [0] * segment.layout.slots  # `joined` of each reader that was found dead
         self._marked = -1  # the last part of the lane that has its mark
         # Of the claimed lane: where its bytes begin, and the indices of its words.
@@ -670,7 +761,7 @@ class Writer:
     @property
     def is_mute(self) -> bool:
         """Was there no descriptor left for a doorbell? Then it is to be rung with what comes next, be it a wait."""
-        return any(rung < 0 for rung in self._rung)
+        return self._bells.are_mute
 
     def _slowest(self, lane: int, pos: int) -> int:
         """Of a broadcast ring: how far its slowest reader has come in a lane that is written to `pos`."""
@@ -703,18 +794,6 @@ class Writer:
                     found = True
         return found
 
-    def _ring(self) -> None:
-        """W5, when a reader is asleep."""
-        segment, layout = self._segment, self._segment.layout
-        for slot in range(layout.slots):
-            block = layout.reader_block(slot)
-            epoch = segment.words[(block + _layout.READER_PARKED) >> 3]
-            if epoch & 1 and epoch != self._rung[slot]:
-                if self._order:
-                    self._order()  # ORDER epoch before doorbell, as they were stored
-                rung = segment.ring(block + _layout.READER_BELL)
-                self._rung[slot] = epoch if rung else -1  # after it: an exception in between rings twice, harmlessly
-
     def _make_good(self) -> None:
         """C1: the writer before, or this one before an exception, may have ended between W3 and W5."""
         if self._fence:
@@ -732,7 +811,7 @@ class Writer:
         words[self._messages_in] = words[self._messages_in] + messages & WORD
         if self._fence:
             self._fence()  # W4
-        self._ring()  # W5
+        self._bells.ring()  # W5
 
     def _room(self, pos: int, step: int) -> tuple[int, int, int]:
         """Look for room at `pos` for a record of `step` bytes, after padding where the lane ends.
@@ -760,7 +839,7 @@ class Writer:
             if segment.layout.broadcast and self._bury():
                 return self._room(pos, step)
             if self.is_mute:
-                self._ring()
+                self._bells.ring()
         if padding:
             segment.words[(self._first + pos % capacity) >> 3] = PADDING  # W2
             pos += padding
@@ -897,20 +976,11 @@ class Writer:
             batch.done += taken
         return None
 
-    def _sleepers(self) -> tuple[Any, int]:
-        """What tells by one load that no reader sleeps, and where: an epoch's lowest byte, or a byte for each."""
-        layout = self._segment.layout
-        if not layout.broadcast:
-            return self._segment.map, layout.readers_offset + _layout.READER_PARKED
-        if layout.slots <= 8:
-            return self._segment.words, layout.asleep_offset >> 3
-        return _Any(self._segment.map, layout.asleep_offset, layout.asleep_offset + layout.slots), 0
-
     def _steps(self) -> Generator[Any, Any, None]:
         segment = self._segment
         layout, words, ring, order = segment.layout, segment.words, segment.map, self._order
         capacity, max_message = layout.capacity, layout.max_message
-        sleepers, reader_parked = self._sleepers()
+        sleepers, asleep = self._bells.asleep()
         data = yield
         try:
             if self.parking is None:
@@ -958,8 +1028,8 @@ class Writer:
                     words[messages_in] = count = count + 1
                     if fence:
                         fence()  # W4
-                    if sleepers[reader_parked]:  # W5
-                        self._ring()
+                    if sleepers[asleep]:  # W5
+                        self._bells.ring()
                     data = None
                     data = yield None
                 answer = self._serve(data)
@@ -1020,12 +1090,12 @@ class _Lane:
     """One lane as its reader sees it: where its words are, and how far it has been read."""
 
     __slots__ = (
-        "backed", "bell", "count", "damage", "end", "first", "given_up", "messages_out", "number", "parked", "pos",
-        "read_pos", "rung", "top", "wanted", "write_pos",
+        "ahead", "backed", "bell", "count", "damage", "end", "first", "given_up", "held", "messages_out", "number",
+        "parked", "pos", "read_pos", "rung", "seen", "step", "stop", "top", "wanted", "write_pos",
     )  # fmt: skip
 
     def __init__(self, layout: Layout, number: int, slot: int = 0) -> None:
-        block, cursor = layout.lane_block(number), layout.cursor(number, slot)
+        block, cursor = layout.lane_block(number), layout.cursor(number, slot if layout.broadcast else 0)
         self.number = number
         self.write_pos = (block + _layout.WRITE_POS) >> 3
         self.given_up = (block + _layout.GIVEN_UP) >> 3
@@ -1039,7 +1109,9 @@ class _Lane:
         self.rung = 0  # the writer's epoch that this handle last rang
         self.damage = ""  # what is wrong with it; it is left alone then
         self.backed = False  # it is sure to have memory
-        self.pos = self.end = self.count = 0
+        self.seen = self.held = 0  # the writer's epoch that waits for more than there was, and for how much
+        self.ahead: dict[int, bytes] = {}  # competing: copies, by their positions, of records that take `step` bytes
+        self.pos = self.end = self.count = self.step = self.stop = 0  # `stop`: where `ahead` ends
 
 
 class Reader:
@@ -1104,6 +1176,13 @@ class Reader:
             return False
         return all(lane.damage or words[lane.write_pos] in (lane.pos, words[lane.read_pos]) for lane in self._lanes)
 
+    def was_refused(self) -> bool:
+        """Has a reader of those that compete been refused since this was asked the last time?"""
+        return False
+
+    def pass_on(self) -> None:
+        """Who calls leaves a wait without a message. Readers that compete have another one woken for it."""
+
     def give_back(self, request: ReadRequest) -> None:
         """An exception kept the answer to `request` from the caller: the next one gets it."""
         words = self._segment.words
@@ -1131,17 +1210,17 @@ class Reader:
                 break
         else:
             self.slot = -1
-            if not layout.broadcast:
+            if layout.readers == "one":
                 raise RingBusy(f"ring {segment.name!r} has a living reader, and was made for one (readers='one')")
             raise RingBusy(
                 f"ring {segment.name!r} has {layout.slots} living readers; "
                 f"close one, or create the ring with a larger max_readers= (it was max_readers={layout.slots})"
             )
         self._fence = segment.waker_fence()
-        if layout.broadcast:
+        if layout.readers != "one":
             self._join()
         reader = layout.reader_block(self.slot)
-        asleep = layout.asleep_offset + self.slot if layout.broadcast else 0
+        asleep = layout.asleep_offset + self.slot if layout.readers != "one" else 0
         self.parking = Parking(
             segment,
             reader + _layout.READER_PARKED,
@@ -1364,9 +1443,12 @@ class Reader:
         if epoch & 1 and epoch != lane.rung:
             if self._order:
                 self._order()  # ORDER epoch before wanted, as they were stored
-            if pos >= words[lane.wanted]:
+            wanted = words[lane.wanted]
+            if pos >= wanted:
                 rung = self._segment.ring(lane.bell)
                 lane.rung = epoch if rung else 0
+            else:
+                lane.seen, lane.held = epoch, wanted
 
     def _first(self) -> tuple[_Lane, int, int] | None:
         """The lane whose turn it is and that has a record, with the record's position and size; padding is consumed."""
@@ -1671,6 +1753,343 @@ class Reader:
                 self._make_good()
                 if drops:
                     self._recount()
+            raise
+
+
+NOWHERE: Final = WORD + 1  # no lane comes to it, however damaged
+HAS: Final = 1  # in `turn`: who wanted it has it
+
+
+class CompetingReader(Reader):
+    """One of several readers that share a cursor on every lane, and take by turns; T1 to T6, X1 to X6.
+
+    What it knows of a lane may be old when it takes again: read_pos tells, which is loaded each time.
+    """
+
+    def __init__(self, segment: Segment) -> None:
+        layout = segment.layout
+        self._turn = (layout.turn_offset + _layout.TURN) >> 3
+        self._before = (layout.turn_offset + _layout.TURN_BEFORE) >> 3
+        self._inside = -1
+        self._ours = 0  # `turn` when it is ours
+        self._refused = 0  # how often, one time after another, and without trying hard
+        self._bells = ReaderBells(segment, self)
+        self._asleep, self._asleep_at = self._bells.asleep()
+        super().__init__(segment)
+
+    def _join(self) -> None:
+        layout, words = self._segment.layout, self._segment.words
+        block = layout.reader_block(self.slot)
+        self._inside = (block + _layout.INSIDE) >> 3
+        words[self._inside] = 0
+        self.joined = words[(block + _layout.JOINED) >> 3] % (POSITIONS // _layout.MAX_COMPETING // 2) + 1
+        words[(block + _layout.JOINED) >> 3] = self.joined
+        self._ours = (self.joined * _layout.MAX_COMPETING + self.slot) << 1 | HAS
+
+    def nothing(self) -> bool:
+        """As for other readers; and where there is something, is it somebody else's turn? For S4."""
+        borrowed = self._borrowed
+        if borrowed is not None:
+            return not borrowed.left
+        if self._owed:
+            return False
+        if not self._is_left():
+            return True
+        if self.monitor.enter(PROBE):
+            return False
+        self._refuse_reentry()
+        return True
+
+    def _refuse_reentry(self) -> None:
+        """Raise RuntimeError if this thread is inside by another handle, further up its stack, and waits for itself."""
+        frame: Any = sys._getframe()
+        while frame is not None:
+            if frame.f_code is CompetingReader._steps.__code__:
+                reader = frame.f_locals["self"]
+                if reader is not self and reader._segment.layout.nonce == self._segment.layout.nonce:
+                    name = self._segment.name
+                    raise RuntimeError(f"this thread is inside a read of ring {name!r} already, by another handle")
+            frame = frame.f_back
+
+    def was_refused(self) -> bool:
+        """As for other readers."""
+        return 0 < self._refused < PATIENCE
+
+    def _is_left(self) -> bool:
+        """Is there a message in a lane, or one that is not known yet? Nobody waits for this look."""
+        words, layout = self._segment.words, self._segment.layout
+        known = len(self._lanes)
+        if known < layout.writers and self._segment.map[layout.used_offset + known]:
+            return True
+        return any(words[lane.read_pos] != words[lane.write_pos] and not lane.damage for lane in self._lanes)
+
+    def pass_on(self) -> None:
+        """T6, for who leaves a wait without a message, and may have been rung for one."""
+        if self.parking is not None:
+            self._segment.sleeper_fence()  # a waker that saw us asleep had published before; have it arrive
+            if self._is_left():
+                self._bells.ring()
+
+    def _leave(self) -> None:
+        self.pass_on()
+
+    def _take(self) -> bool:
+        """T1 to T3: is it our turn, or can it be? Then we are inside."""
+        words = self._segment.words
+        while words[self._turn] == self._ours or self._take_over():
+            words[self._inside] = 1  # T1
+            if self._fence:
+                self._fence()  # T2
+            if words[self._turn] == self._ours:  # T3
+                if self._order:
+                    self._order()  # ORDER T3 before R1
+                self._refused = 0
+                return True
+            words[self._inside] = 0
+        return False
+
+    def _take_over(self) -> bool:
+        """X1 to X6: have the turn, unless somebody is inside, or takes it over as well."""
+        segment, words = self._segment, self._segment.words
+        self._refused = 0
+        while segment.claim(_layout.TURN_CLAIM):  # X1
+            try:
+                if words[self._turn] & HAS:
+                    words[self._before] = words[self._turn]  # X2
+                    if self._order:
+                        self._order()  # ORDER turn_before before turn
+                words[self._turn] = self._ours & ~HAS  # X2
+                if not segment.sleeper_fence():  # X3
+                    time.sleep(0.01)  # nobody can make the others fence: what they have stored has arrived after that
+                before = words[self._before]
+                if not self._is_inside(before):  # X4
+                    if self._order:
+                        self._order()  # ORDER X4 before R1
+                    words[self._turn] = self._ours  # X4
+                    return True
+            finally:
+                segment.release(_layout.TURN_CLAIM)  # X5
+            if self._is_inside(before):  # X6
+                break
+        return False
+
+    def _is_inside(self, turn: int) -> bool:
+        """Is the reader whose turn this was inside, as far as can be told, and alive?"""
+        segment, layout, words = self._segment, self._segment.layout, self._segment.words
+        joined, slot = divmod(turn >> 1, _layout.MAX_COMPETING)
+        if slot >= layout.slots or slot == self.slot:
+            return False
+        block = layout.reader_block(slot)
+        if words[(block + _layout.INSIDE) >> 3] == 0 or words[(block + _layout.JOINED) >> 3] != joined:
+            return False
+        return segment.is_claimed(_layout.READER + slot)
+
+    def _give(self) -> None:
+        """T4 to T6."""
+        if self._order:
+            self._order()  # ORDER R3 before T4
+        self._segment.words[self._inside] = 0  # T4
+        if self._fence:
+            self._fence()  # T5
+        if self._asleep[self._asleep_at] and self._is_left():  # T6
+            self._bells.ring()
+
+    def _candidates(self) -> list[_Lane]:
+        """The lanes that seem to have something, the first to be served at the end."""
+        words, layout, used = self._segment.words, self._segment.layout, self._segment.map
+        lanes = self._lanes
+        while len(lanes) < layout.writers and used[layout.used_offset + len(lanes)]:
+            lanes.append(_Lane(layout, len(lanes)))
+        found = []
+        for lane in lanes:
+            pos = words[lane.read_pos]
+            if pos not in lane.ahead:
+                lane.end = words[lane.write_pos]
+                if pos == lane.end or lane.damage:
+                    continue
+                if lane.backed:
+                    self._copy_ahead(lane, pos)
+            found.append(lane)
+        if len(found) > 1:
+            found.sort(key=lambda lane: (lane.number <= self._last, lane.number), reverse=True)
+        return found
+
+    def _copy_ahead(self, lane: _Lane, pos: int) -> None:
+        """R2 before T1, so that a turn is short: copy a run of small messages that may come to be ours.
+
+        What is taken of them is what read_pos then says, and if it says `pos` or more nothing was written over that
+        record before: it was whole, and of this size, when it was copied. What others take in the meantime may be torn.
+        """
+        layout = self._segment.layout
+        if not pos < lane.end <= pos + layout.capacity or pos & 7:
+            return
+        if self._order:
+            self._order()  # ORDER R1 before R2
+        pos, size = self._record(lane, pos)
+        if 0 <= size <= PACKED and pos != lane.end:
+            step = record_bytes(size)
+            run = self._run(lane, pos, size, min(AHEAD, JOINED // step))
+            if run > 1:
+                at = lane.first + pos % layout.capacity
+                messages = split_run(self._segment.map, at, run, size)  # R2
+                lane.ahead = {}  # none has the new step before it is there
+                lane.step, lane.stop = step, pos + run * step
+                lane.ahead = dict(zip(range(pos, lane.stop, step), messages))
+                if self._order:
+                    self._order()  # ORDER R2 before read_pos, by which they are taken
+
+    def _serve(self, request: Any) -> Any:
+        """Requests that are not for one message as it comes. An exception leaves us inside, for who catches it."""
+        if request is PROBE:
+            if not self._take():
+                return False
+            self._give()  # somebody may have been refused in between
+            return True
+        if type(request) is GiveBack or isinstance(request, Borrow) and request.ends:
+            return super()._serve(request)
+        if self._borrowed is not None and self._is_borrowed():
+            return None
+        if self._owed:
+            # It needs nobody's turn.
+            return self._take_owed(request, request.most) if type(request) is ReadBatch else super()._serve(request)
+        if type(request) is Borrow:
+            return None  # another thread has just left its message; asked again, there is one taken out
+        if not self._is_left() or not self._take():
+            return None
+        words = self._segment.words
+        for lane in self._lanes:
+            lane.pos, lane.count = words[lane.read_pos], words[lane.messages_out] & WORD >> 1
+            lane.end = lane.pos  # `_candidates` has not checked it, nor that it has memory: it is looked at anew
+        answer = super()._serve(request)
+        self._give()
+        return answer
+
+    def _steps(self) -> Generator[Any, Any, None]:
+        segment, capacity = self._segment, self._segment.layout.capacity
+        words, ring, order = segment.words, segment.map, self._order
+        sleepers, asleep, turn = self._asleep, self._asleep_at, self._turn
+        lane = _Lane(segment.layout, 0)
+        turns: list[_Lane] = []
+        held = True  # maybe there is a message owed, or in place
+        answer: list[Any] = []
+        message: Any = None
+        seen = -1  # how far the lane was read when it was another one's turn
+        until = NOWHERE  # how far `lane` is read once `message` is out of it, and not handed over
+        request = yield
+        try:
+            if self.parking is None:
+                self._claim()
+            self._refused = 0  # else `was_refused` would say so until there is something to be refused
+            # An exception while the last one was dealt with may have left us inside.
+            if order:
+                order()  # ORDER R3 before T4
+            words[self._inside] = 0  # T4
+            segment.release(_layout.TURN_CLAIM)
+            self._make_good()
+            fence, inside, ours = self._fence, self._inside, self._ours
+            while True:
+                if request is not None:
+                    # What is borrowed is taken out first: nobody can have a message in place while the others go on.
+                    if type(request) is Borrow and not request.ends:
+                        held = self._borrowed is not None and self._is_borrowed() or bool(self._owed)
+                    else:
+                        held = True
+                    if held:
+                        answer.append(self._serve(request))
+                        request = None
+                        held = bool(self._owed) or self._borrowed is not None
+                        request = yield answer.pop()
+                        continue
+                elif held:
+                    if self._borrowed is not None and self._is_borrowed():
+                        request = yield None
+                        continue
+                    if self._owed:
+                        message, self._owed = self._owed[0], self._owed[1:]
+                        request = yield message
+                        continue
+                    held = False
+                if not turns:
+                    turns = self._candidates()
+                    if not turns:
+                        request = yield None
+                        continue
+                words[inside] = 1  # T1
+                if fence:
+                    fence()  # T2
+                if words[turn] != ours:  # T3
+                    words[inside] = 0
+                    pos = words[turns[-1].read_pos]
+                    self._refused += 1 if pos != seen else IDLE
+                    seen = pos
+                    if request is None and self._refused < PATIENCE or not self._take():
+                        request = yield None
+                        continue
+                if order:
+                    order()  # ORDER T3 before R1
+                lane = turns[-1]
+                pos = words[lane.read_pos]
+                message = lane.ahead.get(pos)
+                if message is not None:
+                    until = pos + lane.step
+                else:
+                    lane.end = words[lane.write_pos]  # R1
+                    if order:
+                        order()  # ORDER R1 before R2
+                    if pos != lane.end:
+                        self._check(lane, pos)
+                        pos, size = self._record(lane, pos)
+                        if size < 0:
+                            raise self._bad_length(lane, pos)
+                    if pos == lane.end:  # others were faster, or it is nothing but padding
+                        if pos != words[lane.read_pos]:
+                            self._free(lane, pos, words[lane.messages_out] & WORD >> 1)
+                        turns.pop()
+                        self._give()
+                        continue  # what was looked at may be old, and other lanes have something by now
+                    body = lane.first + pos % capacity + RECORD_HEADER
+                    message = ring[body : body + size]  # R2
+                    until = pos + record_bytes(size)
+                if order:
+                    order()  # ORDER R2 before R3
+                words[lane.read_pos] = until  # R3
+                if pos != lane.pos:  # others took from it since we did
+                    lane.count = words[lane.messages_out] & WORD >> 1
+                words[lane.messages_out] = lane.count = lane.count + 1
+                lane.pos = until
+                if order:
+                    order()  # ORDER R3 before T4
+                words[inside] = 0  # T4
+                if fence:
+                    fence()  # T5, R4
+                if ring[lane.parked << 3] and (until >= lane.held or words[lane.parked] != lane.seen):  # R5
+                    self._ring(lane, until)
+                if sleepers[asleep] and self._is_left():  # T6
+                    self._bells.ring()
+                if until >= lane.stop:
+                    turns.pop()
+                    self._last = lane.number
+                if request is not None:
+                    self._owed, until, held = [message], NOWHERE, True
+                    continue
+                until = NOWHERE
+                request = yield message
+        except (GeneratorExit, RingBusy):
+            raise
+        except BaseException:
+            # While nobody else can be inside: if we were, then nobody else has moved read_pos.
+            if type(message) is bytes and words[lane.read_pos] >= until and not self._owed:
+                self._owed = [message]  # out of the ring, but not handed over; nothing is taken while there is one
+            if isinstance(request, ReadRequest):
+                request.settle(words, self._owed)
+            # It may have come between T1 and T4, R3 and R5, or T4 and T6.
+            if self.parking is not None:
+                if order:
+                    order()  # ORDER R3 before T4
+                words[self._inside] = 0  # T4
+                segment.release(_layout.TURN_CLAIM)
+                self._make_good()
+                self.pass_on()
             raise
 
 

@@ -223,7 +223,7 @@ BROKEN_RINGS = {
     "another checksum": (lambda name: kept_ring(name, [(127, "=B", 1)], False), RingCorrupted),
     "another capacity": (lambda name: kept_ring(name, [(24, "=Q", 8192)]), RingCorrupted),
     "no lanes": (lambda name: kept_ring(name, [(32, "=I", 0)]), RingCorrupted),
-    "competing readers": (lambda name: kept_ring(name, [(36, "=I", 1)]), RingIncompatible),
+    "unknown readers": (lambda name: kept_ring(name, [(36, "=I", 3)]), RingIncompatible),
 }
 
 

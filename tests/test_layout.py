@@ -56,7 +56,7 @@ def test_the_header_table_covers_the_header_without_gap_or_overlap():
 def test_the_header_is_packed_as_the_table_says():
     expected = {
         "magic": _layout.MAGIC,
-        "layout_version": 4,
+        "layout_version": 5,
         "machine": 1,
         "segment_bytes": LAYOUT.segment_bytes,
         "capacity": 3 * 4096,
@@ -108,14 +108,16 @@ def test_every_constant_of_a_word_is_in_the_tables():
     assert words | {"READ_POS", "MESSAGES_OUT"} <= documented
 
 
-@pytest.mark.parametrize("slots, drop", [(0, False), (1, False), (3, True), (64, False)])
+@pytest.mark.parametrize("slots, drop, compete", [
+    (0, False, False), (1, False, False), (3, True, False), (64, False, False), (1, False, True), (1024, False, True),
+])  # fmt: skip
 @pytest.mark.parametrize("writers", [1, 2, 3, 64, 4096])
-def test_tables_and_lanes_follow_each_other_without_overlap(writers, slots, drop):
-    layout = Layout(8192, writers, False, bytes(16), slots, drop)
+def test_tables_and_lanes_follow_each_other_without_overlap(writers, slots, drop, compete):
+    layout = Layout(8192, writers, False, bytes(16), slots, drop, compete)
     spans = [(0, HEADER_BYTES)]
     spans += [(layout.lane_block(lane), _layout.LANE_BYTES) for lane in range(writers)]
     spans += [(layout.reader_block(slot), _layout.READER_BYTES) for slot in range(layout.slots)]
-    for slot in range(layout.slots):
+    for slot in range(1 if compete else layout.slots):
         spans += [(layout.cursor(lane, slot), _layout.CURSOR_BYTES) for lane in range(writers)]
     spans += [(layout.used_offset, writers)]
     end = 0
@@ -124,8 +126,10 @@ def test_tables_and_lanes_follow_each_other_without_overlap(writers, slots, drop
         end = start + size
     if slots:
         assert end < layout.asleep_offset <= end + _layout.ASLEEP_BYTES
-        end = layout.asleep_offset + _layout.ASLEEP_BYTES
-        assert slots <= _layout.ASLEEP_BYTES
+        end = layout.asleep_offset + -(-slots // 128) * 128
+    if compete:
+        assert layout.turn_offset == end
+        end += _layout.TURN_BYTES
     if drop:
         for lane in range(writers):
             assert layout.marks(lane) == end
@@ -141,7 +145,8 @@ def test_claims_lie_beyond_the_largest_segment_and_apart():
     largest = Layout(_layout.MAX_CAPACITY, _layout.MAX_WRITERS, False, bytes(16))
     claims = [_layout.PRESENCE, _layout.NAME, _layout.READER, _layout.LANE, _layout.LANE + _layout.MAX_WRITERS]
     assert largest.segment_bytes < claims[0] and claims == sorted(set(claims)) and claims[-1] < 1 << 63
-    assert _layout.READER + _layout.MAX_WRITERS <= _layout.LANE
+    assert _layout.NAME < _layout.TURN_CLAIM < _layout.READER
+    assert _layout.READER + max(_layout.MAX_READERS, _layout.MAX_COMPETING) <= _layout.LANE
 
 
 # ---------------------------------------------------------------- header
@@ -149,7 +154,10 @@ def test_claims_lie_beyond_the_largest_segment_and_apart():
 
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("machine", _layout.MACHINES)
-@pytest.mark.parametrize("readers", [("one",), ("broadcast", 3, "block"), ("broadcast", 64, "drop")])
+@pytest.mark.parametrize("readers", [
+    ("one",), ("broadcast", 3, "block"), ("broadcast", 64, "drop"),
+    ("compete", 1), ("compete", 1024),
+])  # fmt: skip
 @pytest.mark.parametrize("capacity, writers", [(1, 1), (4097, 64), (1 << 40, 4096)])
 def test_a_header_comes_back_as_it_was_packed(capacity, writers, readers, keep, machine):
     layout = new_layout(capacity, writers, readers[0], keep, *readers[1:])
@@ -165,16 +173,20 @@ def test_two_layouts_never_have_the_same_nonce():
 
 @pytest.mark.parametrize("pokes, error, text", [
     ({"magic": 0}, RingIncompatible, "no shmring ring"),
-    ({"layout_version": 2}, RingIncompatible, "layout version 2, .* version 4"),
+    ({"layout_version": 2}, RingIncompatible, "layout version 2, .* version 5"),
     ({"machine": 2}, RingIncompatible, "machine kind 2, this is 1"),
     ({"machine": 99}, RingIncompatible, "machine kind 99"),
-    ({"readers": 1}, RingIncompatible, "readers of kind 1"),
+    ({"readers": 3}, RingIncompatible, "readers of kind 3"),
     ({"readers": 2, "reader_slots": 3, "cursor_rows": 3}, RingCorrupted, "sizes do not fit"),
     ({"readers": 2, "reader_slots": 2}, RingCorrupted, "2 readers with 1 rows"),
     ({"readers": 2, "reader_slots": 65, "cursor_rows": 65}, RingCorrupted, "65 readers"),
     ({"flags": 2}, RingIncompatible, "readers of kind 0"),
-    ({"reader_slots": 2}, RingIncompatible, "readers"),
-    ({"cursor_rows": 0}, RingIncompatible, "readers"),
+    ({"readers": 1, "flags": 2}, RingIncompatible, "readers of kind 1"),
+    ({"readers": 1, "reader_slots": 1025}, RingCorrupted, "1,025 readers"),
+    ({"readers": 1, "reader_slots": 2, "cursor_rows": 2}, RingCorrupted, "2 readers with 2 rows"),
+    ({"readers": 1, "reader_slots": 1024}, RingCorrupted, "sizes do not fit"),
+    ({"reader_slots": 2}, RingCorrupted, "2 readers"),
+    ({"cursor_rows": 0}, RingCorrupted, "0 rows"),
     ({"capacity": 0}, RingCorrupted, "capacity 0 with 5 lanes"),
     ({"capacity": 4097}, RingCorrupted, "capacity 4,097"),
     ({"capacity": 1 << 63}, RingCorrupted, "capacity"),
@@ -214,7 +226,7 @@ def test_a_file_of_another_size_than_the_header_says_is_refused(size):
 
 @pytest.mark.parametrize("arguments, error", [
     ((0, 1, "one"), ValueError), ((-1, 1, "one"), ValueError), (((1 << 40) + 1, 1, "one"), ValueError),
-    ((1, 0, "one"), ValueError), ((1, 4097, "one"), ValueError), ((1, 1, "compete"), ValueError),
+    ((1, 0, "one"), ValueError), ((1, 4097, "one"), ValueError), ((1, 1, "several"), ValueError),
     ((1.0, 1, "one"), TypeError), (("1", 1, "one"), TypeError), ((True, 1, "one"), TypeError),
     ((1, None, "one"), TypeError),
 ])  # fmt: skip

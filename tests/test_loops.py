@@ -873,7 +873,7 @@ def test_a_stream_does_not_end_the_announcement_of_a_task_that_waits(ring, other
     assert ring.try_read() == b"claimed"
     loop, _ = in_thread(loops)
     published, may_ring = threading.Event(), threading.Event()
-    actual = other._writer._ring
+    actual = other._writer._bells.ring
 
     def late():
         published.set()
@@ -883,7 +883,7 @@ def test_a_stream_does_not_end_the_announcement_of_a_task_that_waits(ring, other
     async def main():
         sleeping = asyncio.ensure_future(ring.read_async(timeout=DEADLINE))
         await asyncio.sleep(0.01)
-        monkeypatch.setattr(other._writer, "_ring", late)
+        monkeypatch.setattr(other._writer._bells, "ring", late)
         writing = threading.Thread(target=other.write_many, args=([b"%d" % number for number in range(8)],))
         writing.start()
         assert published.wait(DEADLINE)

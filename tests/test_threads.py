@@ -279,6 +279,8 @@ def test_a_writer_whose_handle_is_closed_before_it_knows_when_to_look_again_is_t
     parking, close = ring._writer.parking, ring.close
 
     class Layout:
+        compete = False
+
         @property
         def broadcast(self):
             close()  # as another thread would
