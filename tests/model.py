@@ -14,6 +14,7 @@ A program is text, a step a line, with the labels of the diagram in `_words.py` 
                           ``wait [a] [b] 0`` until one of them is
     x = reset [fifo]      make it unreadable; x says whether it was readable
     claim role            wait until nobody alive has it, and take it; ``release role``; ``x = held role``: by who lives
+    x = try role          take it if nobody alive has it; x says whether
     lock m, unlock m      a monitor that two threads of one handle share
     note x = y            say something to the checker, or to the handle's other thread within a monitor
     share x = y           say something to the handle's other thread outside of any, and
@@ -38,14 +39,17 @@ Events, each a limited number of times in a run and at any step: a process is ki
 two differ in whether its role can be claimed; where nobody claims it, in nothing), a sleeper returns
 early (a signal, its time-out), an exception. A stale waker is one that is not scheduled for a while.
 
+With `looks` who sleeps looks again after a while, but in a run in which somebody was killed, and when nothing else
+happens any more: all that sleep return, so many times in a run.
+
 Lost is a state in which nothing can happen any more but such events, with
 
 - a message unread in a lane while a reader sleeps; or
 - room in a lane for what its writer waits for while that writer sleeps,
 
 unless the other side was killed or stopped in between, before its `write` or `read` had returned, and
-nobody has taken its role since: then nobody was promised anything yet, and C1 is still to come. A
-message that is not the one that belongs at its position is a loss as well ("torn").
+nobody has taken its role since: then nobody was promised anything yet, and C1 is still to come. With `looks` there
+is no such exception. A message that is not the one that belongs at its position is a loss as well ("torn").
 """
 
 from __future__ import annotations
@@ -55,8 +59,8 @@ import re
 from typing import NamedTuple
 
 RUNNING, ASLEEP, HALTED, ENDED = range(4)
-EVENTS = "halts", "early", "raises"
-LABEL = re.compile(r"([WRSJD]\d|C1|\w*<\w+) +(.*)")
+EVENTS = "halts", "early", "raises", "looks"
+LABEL = re.compile(r"([WRSJDTX]\d|C1|\w*<\w+) +(.*)")
 FORMS = {
     "load": r"(?P<reg>\w+) = \[(?P<cell>\w+)(?: \+ (?P<index>.+))?\]",
     "store": r"\[(?P<cell>\w+)(?: \+ (?P<index>.+?))?\] = (?P<value>.+)",
@@ -67,6 +71,7 @@ FORMS = {
     "wake": r"wake \[(?P<cell>\w+)\]",
     "wait": r"wait \[(?P<cell>\w+)\](?: \[(?P<second>\w+)\])? (?P<value>.+)",
     "claim": r"claim (?P<cell>\w+)",
+    "try": r"(?P<reg>\w+) = try (?P<cell>\w+)",
     "held": r"(?P<reg>\w+) = held (?P<cell>\w+)",
     "check": r"check (?P<value>.+)",
     "lock": r"lock (?P<cell>\w+)",
@@ -86,7 +91,8 @@ FORMS = {
 LOCAL = {"note", "if", "goto", "check", "set"}  # nobody else can tell when these happen, so they take no time
 # These wait for an empty window.
 DRAINED = {
-    "ring", "wake", "fill", "wait", "signal", "reset", "take", "claim", "held", "release", "fence", "membarrier", "end"
+    "ring", "wake", "fill", "wait", "signal", "reset", "take", "claim", "try", "held", "release", "fence", "membarrier",
+    "end",
 }  # fmt: skip
 
 
@@ -212,7 +218,7 @@ class Model:
         assert not events
         start = {"torn": 0, **(start or {})}
         for text in programs.values():
-            for cell in re.findall(r"\[([a-z_]\w*)|\b(?:note|claim|lock|share) (\w+)", text):
+            for cell in re.findall(r"\[([a-z_]\w*)|\b(?:note|claim|lock|share|try) (\w+)", text):
                 start.setdefault(cell[0] or cell[1], 0)
         self.cells, content, self.cell_names = {}, [], []
         for name, values in start.items():
@@ -329,6 +335,11 @@ class Model:
             holder = mem[step.cell]
             alive = holder and (procs[holder - 1][1] != HALTED or procs[holder - 1][4])
             regs = self._with(regs, step.reg, int(bool(alive)))
+        elif kind == "try":
+            holder = mem[step.cell]
+            free = not holder or procs[holder - 1][1] == HALTED and not procs[holder - 1][4]
+            regs = self._with(regs, step.reg, int(free))
+            mem = self._put(mem, step.cell, i + 1) if free else mem
         elif kind == "claim":
             holder = mem[step.cell]
             if holder and (procs[holder - 1][1] != HALTED or procs[holder - 1][4]):
@@ -388,20 +399,20 @@ class Model:
             seen.add(cell)
 
     def _events(self, procs, mem, budget):
-        halts, early, raises = budget
+        halts, early, raises, looks = budget
         for i, (pc, status, _, regs, window) in enumerate(procs):
             if status not in (RUNNING, ASLEEP):
                 continue
             program = self.programs[i]
             if early and status == ASLEEP:
                 after, mem2 = self._wake(i, procs[i], mem)
-                yield (i, "    returns early"), self._with(procs, i, after), mem2, (halts, early - 1, raises)
+                yield (i, "    returns early"), self._with(procs, i, after), mem2, (halts, early - 1, raises, looks)
             if halts and self.names[i] in self.mortal and program.steps[pc].kind not in ("claim", "end"):
                 halted = (0, HALTED, 0, (), window)
-                yield (i, "    KILLED or stopped"), self._with(procs, i, halted), mem, (halts - 1, early, raises)
+                yield (i, "    KILLED or stopped"), self._with(procs, i, halted), mem, (halts - 1, early, raises, looks)
             if raises and pc in program.handler:
                 after, mem2 = self._go_on(i, program.handler[pc], regs, mem, window)
-                yield (i, "    EXCEPTION"), self._with(procs, i, after), mem2, (halts, early, raises - 1)
+                yield (i, "    EXCEPTION"), self._with(procs, i, after), mem2, (halts, early, raises - 1, looks)
 
     def _follow(self, state):
         """All (what happens, next state), without the events."""
@@ -432,10 +443,13 @@ class Model:
         for state in queue:
             steps = list(self._follow(state))
             loss = self._loss(state, bool(steps))
+            if loss and not steps:
+                steps += self._look_again(state)
+                loss = "" if steps else loss
             if loss:
                 return Result(len(came), loss, self._trace(came, state))
             procs, mem, budget = state
-            if any(budget):
+            if any(budget[:3]):
                 steps += ((what, state) for what, *state in self._events(procs, mem, budget))
             for what, (after, mem2, budget2) in steps:
                 if (after, mem2, budget2) not in came:
@@ -452,6 +466,20 @@ class Model:
                                 self.guessed[number] = {}
         return Result(len(came), "", [])
 
+    def _look_again(self, state):
+        """What follows when all that sleep look again, if somebody was killed: one step, or none."""
+        procs, mem, (*events, looks) = state
+        if not looks or events[0] == self.budget[0]:
+            return
+        who = -1
+        for i, proc in enumerate(procs):
+            if proc[1] == ASLEEP:
+                who = i
+                woken, mem = self._wake(i, proc, mem)
+                procs = self._with(procs, i, woken)
+        if who >= 0:
+            yield (who, "    and all that sleep LOOK AGAIN"), (procs, mem, (*events, looks - 1))
+
     def _loss(self, state, moves):
         procs, mem, _ = state
         if any(load for proc in procs for _, _, load in proc[4]):
@@ -464,7 +492,7 @@ class Model:
         cell = dict(zip(self.cell_names, mem))  # the last one of an array, which nobody asks for
 
         def halted(role):
-            return cell.get(role, 0) and procs[cell[role] - 1][1] == HALTED
+            return not self.budget[3] and cell.get(role, 0) and procs[cell[role] - 1][1] == HALTED
 
         for i, (pc, status, _, regs, _) in enumerate(procs):
             kind = self.programs[i].steps[pc].kind
@@ -482,6 +510,7 @@ class Model:
                 lane = self.names[i][6]
                 wanted = regs[self.programs[i].names["wanted"]]
                 joined = [name[7:] for name in cell if name.startswith("joined_")]
+                joined = [who for who in joined if f"read_pos{lane}_{who}" in cell]  # not where readers compete
                 if joined:  # all that are there count
                     there = [who for who in joined if cell["joined_" + who] % 2]
                     read = min((cell[f"read_pos{lane}_{who}"] for who in there), default=wanted)
