@@ -19,6 +19,7 @@ The supervisors are small interpreters of their own: forking is most of the time
 
 An interrupted victim is the supervisor itself. No wait has a time-out of its own, and no sleep is
 sliced (`SLICE`), so nothing stands in for the protocol; a trial that hangs is ended by SIGALRM.
+To look again after a while (`MOURNING`) is part of it where somebody dies, and only there: else it is after an hour.
 
 Windows has no forks and no such signals: there it is `windows_harness.py` that has the victims and the sweep.
 """
@@ -45,7 +46,7 @@ from pathlib import Path
 
 from support import DEADLINE, ROOT, SIGKILL, WINDOWS, descriptors, wait_until
 
-from shmring import MessagesLost, Ring, RingBusy, RingTimeout, _layout
+from shmring import MessagesLost, Ring, RingBusy, RingTimeout, _layout, _ring, _words
 from shmring._backend import os_backend
 
 PACKAGE = str(Path(_layout.__file__).parent) + os.sep
@@ -93,7 +94,9 @@ class Ledger:
     returned; "not v 3" it said that they were not written; "got v 3" somebody's reading call returned it.
     """
 
-    def __init__(self):
+    def __init__(self, ordered=True):
+        """`ordered` is false where readers share the messages: there each gets its own in order, see `Actor.took`."""
+        self.ordered = ordered
         self.calls = defaultdict(list)  # of each tag, the numbers of each writing call
         self.acked = defaultdict(set)
         self.refused = defaultdict(set)
@@ -111,7 +114,7 @@ class Ledger:
         """Everything acknowledged was read once and in order, and of the rest nothing that cannot be."""
         lost = []
         for tag, calls in list(self.calls.items()):
-            got = self.got[tag]
+            got = self.got[tag] if self.ordered else sorted(self.got[tag])
             assert got == sorted(set(got)), f"{tag}'s messages came twice or out of order: {got}"
             strange = set(got) - {number for call in calls for number in call}
             assert not strange, f"nobody wrote {tag}'s messages {strange}"
@@ -131,6 +134,7 @@ class Actor:
         self.name, self.tag, self.note, self.ring = name, tag, note, ring
         self.trace = None
         self.seen = None  # the message that it read last
+        self._last = {}  # of each tag, the number that it read last
         self._next = 0
 
     def open(self):
@@ -191,7 +195,10 @@ class Actor:
 
     def took(self, *messages):
         for self.seen in map(identify, messages):
-            self.note("got {} {}".format(*self.seen))
+            tag, number = self.seen
+            assert number > self._last.get(tag, -1), f"{tag}'s message {number} came after {self._last[tag]}"
+            self._last[tag] = number
+            self.note(f"got {tag} {number}")
 
     def read(self):
         data = self.ring.read()
@@ -420,6 +427,13 @@ class Case:
         """The victim sleeps; let there be what it waits for."""
         raise AssertionError("the victim sleeps")
 
+    def epoch(self, stage):
+        """Of the victim's sleep; 0 if it is awake. Where others sleep nobody waits for the victim's."""
+        return 0 if stage.sleepers else stage.parked()
+
+    def interrupted(self, stage):
+        """The victim has left the operation, and does nothing yet; the others are not affected."""
+
     def meanwhile(self, stage):
         """The victim is stopped; the others are not affected."""
         rival = stage.actor("r")
@@ -451,7 +465,7 @@ class Stage:
 
     def __init__(self, case, name):
         self.case, self.name = case, name
-        self.ledger = Ledger()
+        self.ledger = Ledger(ordered=case.options.get("readers") != "compete")
         self.may_be_lost = 0
         self.finished = False  # the victim's operation
         self.sleepers = []
@@ -484,8 +498,8 @@ class Stage:
     def look(self, pid):
         """Call the case's `asleep`, once each time when the victim has fallen asleep."""
         if self.holder is not None:
-            epoch = self.parked()
-            if epoch and epoch != self._rung and is_asleep(pid) and not self.sleepers:
+            epoch = self.case.epoch(self)
+            if epoch and epoch != self._rung and is_asleep(pid):
                 self._rung = epoch
                 self.case.asleep(self)
 
@@ -772,6 +786,8 @@ def interrupt(case, k, name, place, swallowed=()):
         if not exact(me.trace):
             stage.may_be_lost = case.in_a_call
     try:
+        if interrupted:
+            case.interrupted(stage)
         assert interrupted or swallowed or not exact(me.trace), "the interrupt got lost"
         gc.collect()  # what was not handed over is gone, also if it was in a cycle
         stage.finished = True
@@ -814,6 +830,9 @@ def main(cases):
     die_with_parent()
     gc.freeze()
     os_backend.SLICE = None
+    _words.PATIENCE = 0  # it is spinning, and how often is a matter of time
+    if event in ("stop", "interrupt"):
+        _ring.MOURNING = 3600.0
     unraisable, swallowed = [], []
 
     def ignored(what):

@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import threading
 
-from harness import NEVER, Case, Ledger, Sleeper, Stage, message
+from harness import NEVER, Case, Ledger, Sleeper, Stage, is_asleep, message
 from harness import main as main  # it is called by who starts it
 from support import WINDOWS, wait_until
 
-from shmring import Ring, RingBusy, unlink
+from shmring import Ring, RingBusy, RingTimeout, _layout, unlink
+from shmring._words import PROBE
 
 # ---------------------------------------------------------------- writing
 
@@ -794,6 +796,525 @@ class Lost(OneOfAll):
         super().end(stage)
 
 
+# ---------------------------------------------------------------- readers that compete
+
+
+class Competing(Case):
+    """The victim is one of two readers, and another writer has one lane of two. A stranger needs the victim's place."""
+
+    options = {"readers": "compete", "max_readers": 2}
+    writers = 2
+    role = "reader"
+    in_a_call = 1
+    slot = 1  # the victim's, among the readers'
+    has_the_turn = True  # else it takes it over
+    sizes = [40] * 3
+
+    def scene(self, stage):
+        stage.mate = stage.actor("y")
+        if self.slot:
+            stage.mate.ring.join()
+        stage.other = stage.actor("s")
+        stage.other.write()  # it has its lane already, so that no claim rings
+
+    def prepare(self, me):
+        me.open()
+        me.read()  # from now on it copies ahead
+
+    def ready(self, stage):
+        stage.other.write_many(*self.sizes)
+        stage.mate.ring.join()
+        if not self.has_the_turn:
+            assert stage.mate.ring._reader.monitor.enter(PROBE)
+
+    def epoch(self, stage):
+        layout = stage.holder._segment.layout
+        epoch = stage.holder._segment.words[(layout.reader_block(self.slot) + _layout.READER_PARKED) >> 3]
+        return epoch if epoch & 1 else 0
+
+    def asleep(self, stage):
+        """Others were faster, or have the turn; they ring it."""
+
+    def meanwhile(self, stage):
+        assert stage.holder.stats().readers == self.options["max_readers"], "a stopped process lost its role"
+
+    def go_on(self, me):
+        me.drain()
+
+    def doze(self, stage, *mates):
+        """Mates fall asleep that take one message each, and as if refused where there are messages: nobody rang."""
+        segment = stage.holder._segment
+        turn = (segment.layout.turn_offset + _layout.TURN) >> 3
+        assert segment.claim(_layout.TURN_CLAIM)
+        before, segment.words[turn] = segment.words[turn], 0
+        for mate in mates or (stage.mate,):
+            stage.sleepers.append(Sleeper(mate.read))
+            parking, thread = mate.ring._reader.parking, stage.sleepers[-1].native_id
+            wait_until(lambda parking=parking, thread=thread: parking._sleepers and is_asleep(thread), "a mate's sleep")
+        segment.words[turn] = before
+        segment.release(_layout.TURN_CLAIM)
+        stage.out = stage.holder.stats().bytes_out
+
+    def settle(self, stage):
+        """Nothing is left while a mate sleeps."""
+
+        def settled():
+            stats = stage.holder.stats()
+            return stats.bytes_in == stats.bytes_out or not any(sleeper.is_alive() for sleeper in stage.sleepers)
+
+        wait_until(settled, "that a mate gets what is left")
+
+    def end(self, stage):
+        self.settle(stage)
+        sleeping = sum(sleeper.is_alive() for sleeper in stage.sleepers)
+        if sleeping:
+            stage.other.write_many(*[40] * sleeping)
+            stage.wake()
+        stage.other.close()
+        stage.recover()
+
+
+class CompeteRead(Competing):
+    """By the fast way, and copied ahead; messages of several sizes, up to PACKED and beyond. The mate takes one."""
+
+    sizes = [40] * 5 + [300, 1500, 16, 16]
+
+    def operate(self, me):
+        for _ in range(7):
+            me.read()
+        me.read_into()
+        me.try_read()
+
+    def meanwhile(self, stage):
+        super().meanwhile(stage)
+        stage.mate.try_read()  # refused, where the victim has the turn
+
+
+class CompeteReadLanes(CompeteRead):
+    """From two lanes in turn."""
+
+    sizes = [40] * 4
+
+    def scene(self, stage):
+        super().scene(stage)
+        stage.second = stage.actor("d")
+
+    def ready(self, stage):
+        super().ready(stage)
+        stage.second.write_many(40, 40, 1500, 40, 40)
+
+    def end(self, stage):
+        stage.second.close()
+        super().end(stage)
+
+
+class CompeteReadMany(CompeteReadLanes):
+    """A batch of both lanes."""
+
+    in_a_call = 9
+
+    def operate(self, me):
+        me.read_many(3)
+        me.read_many()
+
+
+class CompeteReadOverTheEnd(Competing):
+    """The next message lies behind padding."""
+
+    sizes = [600]
+
+    def scene(self, stage):
+        super().scene(stage)
+        stage.other.write_many(1300, 1300, 1200)
+
+    def prepare(self, me):
+        me.open()
+        for _ in range(4):
+            me.read()
+
+    def operate(self, me):
+        me.read()
+
+
+class CompeteIterate(CompeteRead):
+    """Only the message that was on its way may be missing."""
+
+    sizes = [40] * 4 + [1500, 16]
+
+    def operate(self, me):
+        me.iterate(5)
+
+
+class CompeteBorrow(CompeteRead):
+    """A message is out of the ring from the beginning of the block."""
+
+    sizes = [40] * 4 + [1500, 16]
+
+    def operate(self, me):
+        for _ in range(5):
+            me.read_in_place()
+
+
+class CompeteReadWakes(Competing):
+    """A mate sleeps; the victim takes one message, and rings for the others."""
+
+    def ready(self, stage):
+        super().ready(stage)
+        self.doze(stage)
+
+    def operate(self, me):
+        me.read()
+
+    def interrupted(self, stage):
+        if stage.holder.stats().bytes_out != stage.out:  # else it had no turn yet, or gave it back and has rung
+            self.settle(stage)
+
+    def go_on(self, me):
+        if me.seen == ("s", 0):
+            self.operate(me)
+
+
+class CompeteReadLongWakes(CompeteReadWakes):
+    """The same with messages longer than PACKED."""
+
+    sizes = [1100, 1100, 1100]
+
+
+class CompeteReadManyWakes(CompeteReadWakes):
+    """The same with a part of what is there."""
+
+    in_a_call = 2
+    sizes = [40] * 5
+
+    def operate(self, me):
+        me.read_many(2)
+
+
+class CompeteBorrowWakes(CompeteReadWakes):
+    """The same with a view: the mate goes on before the block is left."""
+
+    def operate(self, me):
+        me.read_in_place()
+
+
+class CompeteFirstRead(CompeteReadWakes):
+    """The first read takes a role, and the mate's one message is there."""
+
+    role = None
+
+    def scene(self, stage):
+        super().scene(stage)
+        stage.mate.read()
+
+    def prepare(self, me):
+        me.open()
+
+    def operate(self, me):
+        me.read()
+
+    def meanwhile(self, stage):
+        """It may have the role or not."""
+
+    def go_on(self, me):
+        if me.seen is None:
+            me.read()
+
+
+class CompeteFirstBorrow(CompeteFirstRead):
+    """The same in place: it is out of the ring, or the mate would get it as well."""
+
+    def operate(self, me):
+        me.read_in_place()
+
+    def go_on(self, me):
+        if me.seen is None:
+            self.operate(me)
+
+
+class CompeteReadFreesWriter(CompeteReadWakes):
+    """A mate sleeps, and a writer in a full lane. Killed, the victim may have rung neither; both look again."""
+
+    writers = 1
+
+    def scene(self, stage):
+        stage.mate = stage.actor("y")
+        stage.mate.ring.join()
+        stage.other = stage.actor("b")
+
+    def prepare(self, me):
+        me.open()
+        me.ring.join()
+
+    def ready(self, stage):
+        def write_three():
+            for _ in range(3):
+                stage.other.write(self.capacity - 8)  # a whole lane
+
+        stage.sleepers.append(Sleeper(write_three))
+        wait_until(lambda: stage.holder.stats().writers_parked, "that the writer sleeps")
+        self.doze(stage)
+
+    def settle(self, stage):
+        """As many are written as there is room for; and one of them is the mate's."""
+
+        def settled():
+            stats = stage.holder.stats()
+            written = stats.bytes_in == min(3 * self.capacity, stats.bytes_out + self.capacity)
+            return written and not stage.sleepers[1].is_alive()
+
+        wait_until(settled, "that the writer gets its room, and the mate a message")
+
+    def go_on(self, me):
+        if me.seen is None:
+            self.operate(me)
+
+    def end(self, stage):
+        self.settle(stage)
+        reader = stage.actor("x")
+        stage.wake(reader)
+        stage.other.close()
+        stage.recover(reader)
+
+
+class CompeteReadManyFreesWriter(CompeteReadFreesWriter):
+    """The same with a batch."""
+
+    def operate(self, me):
+        me.read_many()
+
+
+class CompeteBlockedRead(Competing):
+    """Both readers sleep, and the victim is rung for a message. If it does not take it, the mate gets it."""
+
+    slot = 0
+    sizes = []
+
+    def ready(self, stage):
+        stage.mate.ring.join()
+        self.doze(stage)
+
+    def asleep(self, stage):
+        """If an interrupt has cost it the first message (before 3.11), the mate may be rung for the next one."""
+        stage.other.write_many(*[40] * (1 + (stage.out != stage.holder.stats().bytes_out)))
+
+    def operate(self, me):
+        me.read()
+
+    def interrupted(self, stage):
+        self.settle(stage)
+
+    def go_on(self, me):
+        if me.seen == ("s", 0):
+            self.operate(me)
+
+
+class CompeteBlockedReadAsSecond(CompeteBlockedRead):
+    """The mate is rung for two messages, and rings the victim for the other one."""
+
+    slot = 1
+
+    def asleep(self, stage):
+        stage.other.write_many(40, 40)
+
+
+class CompeteBlockedReadMany(CompeteBlockedRead):
+    """The same with a batch."""
+
+    def operate(self, me):
+        me.read_many()
+
+
+class CompeteBlockedIterate(CompeteBlockedRead):
+    """The same in a loop."""
+
+    def operate(self, me):
+        me.iterate(1)
+
+
+class CompeteWait(CompeteBlockedRead):
+    """The victim waits, and takes nothing; what comes is taken by its next call, or by the mate."""
+
+    def operate(self, me):
+        me.ring.wait_doorbell()
+
+    def go_on(self, me):
+        """If it does not take what it was rung for, it has to look again like everybody."""
+        me.drain()
+
+
+class CompeteProbe(CompeteReadWakes):
+    """The victim only asks whether there is something, for which it takes the turn: a mate may have been refused."""
+
+    in_a_call = 0
+
+    def operate(self, me):
+        assert me.ring.wait_doorbell()
+
+
+class CompeteTimeOut(Competing):
+    """Another one has the turn; the time of the victim's read is up. Whoever gives the turn back rings the mate."""
+
+    options = {"readers": "compete", "max_readers": 3}
+    slot = 2
+
+    def scene(self, stage):
+        super().scene(stage)
+        stage.third = stage.actor("t")
+        stage.third.ring.join()
+
+    def ready(self, stage):
+        super().ready(stage)
+        taken, stage.over = threading.Event(), threading.Event()
+
+        def have_the_turn():
+            reader = stage.third.ring._reader
+            assert reader._take()
+            taken.set()
+            stage.over.wait()
+            reader._give()
+
+        self.doze(stage)
+        stage.third_thread = Sleeper(have_the_turn)
+        taken.wait()
+
+    def operate(self, me):
+        with contextlib.suppress(RingTimeout):
+            me.took(me.ring.read(timeout=0.001))
+
+    def interrupted(self, stage):
+        stage.over.set()
+        stage.third_thread.join()
+        self.settle(stage)
+
+    def go_on(self, me):
+        """The mate is to get what is there, by who has the turn."""
+
+    def end(self, stage):
+        stage.over.set()
+        stage.third_thread.join()
+        super().end(stage)
+
+
+class CompeteClose(Competing):
+    """A mate sleeps, and there are messages: it may be that the victim was rung for them, and it leaves."""
+
+    in_a_call = 0
+
+    def ready(self, stage):
+        super().ready(stage)
+        self.doze(stage)
+
+    def operate(self, me):
+        me.ring.close()
+
+    def meanwhile(self, stage):
+        """It may have its role or not."""
+
+    def go_on(self, me):
+        me.ring.close()
+        assert me.ring.closed
+
+
+class CompeteWriteFindsSleepers(Competing):
+    """Two readers sleep, and the victim rings one of them. Killed or stopped, another writer's message wakes them."""
+
+    options = {"readers": "compete", "max_readers": 3}
+    role = "writer"
+    in_a_call = 0
+
+    def scene(self, stage):
+        super().scene(stage)
+        stage.second = stage.actor("z")
+        stage.second.ring.join()
+        stage.mate.drain()
+
+    def prepare(self, me):
+        me.open()
+        me.write()
+
+    def ready(self, stage):
+        stage.mate.drain()
+        self.doze(stage, stage.mate, stage.second)
+
+    def epoch(self, stage):
+        return 0
+
+    def operate(self, me):
+        me.write()
+
+    def meanwhile(self, stage):
+        assert stage.words_claimed() == (True, True), "a stopped process lost its role as a writer"
+        stage.other.write()
+        self.settle(stage)
+
+    def interrupted(self, stage):
+        self.settle(stage)
+
+    def go_on(self, me):
+        me.write()
+
+
+class CompeteWriteManyFindsSleepers(CompeteWriteFindsSleepers):
+    """The same with a batch: the one that is rung rings the other one."""
+
+    def operate(self, me):
+        me.write_many(40, 16, 40)
+
+
+class CompeteFirstWrite(CompeteWriteFindsSleepers):
+    """The first write claims the lane, which rings."""
+
+    role = None
+
+    def prepare(self, me):
+        me.open()
+
+    def meanwhile(self, stage):
+        stage.other.write()
+        self.settle(stage)
+
+
+class CompeteByDoorbell(CompeteBlockedRead):
+    """The victim waits for its doorbell, which is rung for a message."""
+
+    def prepare(self, me):
+        super().prepare(me)
+        me.ring.attach_doorbell()
+
+    def operate(self, me):
+        me.read_when_rung()
+
+    def interrupted(self, stage):
+        """It may be rung, and has not looked."""
+
+
+class CompeteCloseDoorbell(CompeteClose):
+    """The victim has been rung for the messages, does not look, and leaves."""
+
+    def prepare(self, me):
+        super().prepare(me)
+        me.ring.attach_doorbell()
+        assert me.try_read() is None
+
+
+class CompeteReadAsync(InALoop, CompeteBlockedRead):
+    """The victim's task waits."""
+
+    async def task(self, me):
+        await me.read_async()
+
+    def interrupted(self, stage):
+        """It may be rung, and its loop does not run."""
+
+    def go_on(self, me):
+        if me.task is not None and not me.task.done():
+            me.loop.run_until_complete(me.task)
+        if me.seen == ("s", 0):
+            self.operate(me)
+        me.ring.close()
+        me.loop.close()
+
+
 # ---------------------------------------------------------------- life
 
 
@@ -993,6 +1514,13 @@ CASES = {
         Read, FirstRead, ReadOneByOne, ReadOverTheEnd, ReadManyOverTheEnd, ReadMany, ReadManyButNotAll, Iterate,
         ReadFreesWriter, ReadManyFreesWriter, BlockedRead, BlockedReadMany, BlockedIterate,
         Broadcast, BlockedBroadcast, BroadcastFindsSleepers, OneOfAll, Join, LeaveFreesWriter, Losing, Lost,
+        CompeteRead, CompeteReadLanes, CompeteReadMany, CompeteReadOverTheEnd, CompeteIterate, CompeteBorrow,
+        CompeteReadWakes, CompeteReadLongWakes, CompeteReadManyWakes, CompeteBorrowWakes,
+        CompeteFirstRead, CompeteFirstBorrow,
+        CompeteReadFreesWriter, CompeteReadManyFreesWriter,
+        CompeteBlockedRead, CompeteBlockedReadAsSecond, CompeteBlockedReadMany, CompeteBlockedIterate, CompeteWait,
+        CompeteProbe, CompeteTimeOut, CompeteClose,
+        CompeteWriteFindsSleepers, CompeteWriteManyFindsSleepers, CompeteFirstWrite,
         Create, CreateOverAbandoned, CreateReplaces, Open, Close, CloseLast, Unlink,
     )
 }  # fmt: skip
@@ -1003,6 +1531,13 @@ if not WINDOWS:  # there a doorbell is nothing for select, and a victim has no l
             for case in (
                 WriteRingsDoorbell, WriteManyRingsDoorbell, FirstWriteRingsDoorbell, AttachDoorbell, ReadByDoorbell,
                 CloseDoorbell, ReadAsync, WriteAsync,
+                CompeteByDoorbell, CompeteCloseDoorbell, CompeteReadAsync,
             )
         }
     )  # fmt: skip
+    for case in (
+        CompeteRead, CompeteReadMany, CompeteBorrow, CompeteReadWakes, CompeteFirstRead, CompeteReadFreesWriter,
+        CompeteBlockedRead, CompeteTimeOut, CompeteClose,
+    ):  # fmt: skip
+        takes_over = type(f"{case.__name__}TakesOver", (case,), {"has_the_turn": False})
+        CASES[takes_over.__name__] = takes_over()

@@ -21,9 +21,9 @@ from support import DEADLINE, ROOT
 
 from shmring import _layout, _linux
 
-# Before every 7th bytecode that counts (see `Trace`), from a random one on; SHMRING_EVERY=1 is before each. With
+# Before every 12th bytecode that counts (see `Trace`), from a random one on; SHMRING_EVERY=1 is before each. With
 # SHMRING_ALL_PLACES=1 all bytecodes count.
-EVERY = int(os.environ.get("SHMRING_EVERY") or 7)
+EVERY = int(os.environ.get("SHMRING_EVERY") or 12)
 
 
 @pytest.mark.parametrize("event", ["kill", "stop", "interrupt"])

@@ -9,6 +9,9 @@ There are as many lanes as writers, so each new writer needs the one of the writ
 wait has a time-out, and none is cut into slices (`SLICE`): a lost wake-up would last for ever, and show.
 Windows has no way to stop a process, so there none is.
 
+With ``--readers compete`` there are four readers at a time, each of which notes in a file of its own what it got. Those
+look again after a while, so a wake-up that is lost without anybody's death shows here only as time that it takes.
+
 ``python3 tools/soak.py --minutes 20``; the exit code is 0 if nothing was lost, doubled, torn or stuck.
 """
 
@@ -38,6 +41,7 @@ else:
     STOP, CONTINUE = signal.SIGSTOP, signal.SIGCONT
 CALL = 20  # messages that one call writes or reads at most
 WRITERS, READERS = 4, 2  # processes at a time; the second reader waits for the role
+COMPETING = 4  # readers at a time, of those that compete
 CAPACITY, LARGEST = 1 << 16, 9000
 STUCK = 30.0  # seconds without a message that count as a hang
 REST = 0.03  # seconds between two events
@@ -118,6 +122,51 @@ def read_for_a_while(name: str, ledger: Ledger, reader: int, seed: int) -> None:
             words[calling] = 0
 
 
+def compete_for_a_while(name: str, path: str, ledger: Ledger, reader: int, seed: int) -> None:
+    """The life of a reader of several: note each message's number in a file, in the order in which they came."""
+    dice = random.Random(seed)
+    words, calling, count = ledger.words, ledger.of(reader, CALLING), ledger.of(reader, COUNT)
+    end = time.monotonic() + dice.uniform(0.5, 10)
+    with Ring.open(name) as ring, open(f"{path}.{reader}", "ab", buffering=0) as notes:
+        while time.monotonic() < end:
+            way = dice.choice(("read", "read", "many", "soon", "try", "borrow"))
+            words[calling] = CALL if way == "many" else 1
+            messages: list[Any] = []
+            if way == "many":
+                messages = ring.read_many(CALL)
+            elif way == "borrow":
+                with ring.borrow() as view:
+                    messages = [bytes(view)]
+            elif way == "try":
+                messages = [ring.try_read()]
+            else:
+                with contextlib.suppress(RingTimeout):
+                    messages = [ring.read(timeout=0.001 if way == "soon" else None)]
+            found = [message for message in messages if message is not None]
+            torn = [message for message in found if zlib.crc32(message[4:]).to_bytes(4, "little") != message[:4]]
+            assert not torn, torn
+            notes.write(b"".join(message[4:16] for message in found))
+            words[count] += len(found)
+            words[calling] = 0
+
+
+def tally(path: str, ledger: Ledger, readers: int, writers: list[int]) -> int:
+    """Enter into the ledger what competing readers have noted; how many messages that were acknowledged are missing."""
+    words, acknowledged = ledger.words, {writer: ledger.words[ledger.of(writer, ACKNOWLEDGED)] for writer in writers}
+    seen = {writer: bytearray(number + CALL + 1) for writer, number in acknowledged.items()}
+    for reader in range(readers):
+        with contextlib.suppress(FileNotFoundError), open(f"{path}.{reader}", "rb") as file:
+            notes, last = file.read(), dict.fromkeys(writers, 0)
+            for at in range(0, len(notes), 12):
+                writer = int.from_bytes(notes[at : at + 4], "little")
+                number = int.from_bytes(notes[at + 4 : at + 12], "little")
+                words[RECEIVED] += 1
+                words[DOUBLED] += seen[writer][number]
+                words[TORN] += number <= last[writer]  # out of order, for one reader
+                seen[writer][number], last[writer] = 1, number
+    return sum(seen[writer].count(0, 1, number + 1) for writer, number in acknowledged.items())
+
+
 def read_the_rest(name: str, ledger: Ledger) -> None:
     """Note what is left, when everybody else is dead."""
     with Ring.open(name) as ring:
@@ -156,8 +205,9 @@ class Worker:
 class Crowd:
     """The processes, and what is done to them."""
 
-    def __init__(self, name: str, ledger: Ledger, path: str, seed: int) -> None:
+    def __init__(self, name: str, ledger: Ledger, path: str, seed: int, compete: bool) -> None:
         self.name, self.ledger, self.path = name, ledger, path
+        self.reader, self.readers = ("competitor", COMPETING) if compete else ("reader", READERS)
         self.dice = random.Random(seed)
         self.started = 0
         self.writers: list[int] = []  # the numbers of all that ever were
@@ -165,8 +215,9 @@ class Crowd:
         self.received, self.since = 0, time.monotonic()
         self.may_be_taken = 0
         self.counts = dict.fromkeys(
-            ("writers started", "readers started", "writers killed", "readers killed", "stopped and continued"), 0
+            (f"{role}s {what}" for what in ("started", "killed") for role in ("writer", self.reader)), 0
         )
+        self.counts["stopped and continued"] = 0
 
     def start(self, role: str) -> None:
         """One more process of this role."""
@@ -183,7 +234,7 @@ class Crowd:
         worker.process.wait()
         self.alive.remove(worker)
         self.counts[f"{worker.role}s killed"] += 1
-        if worker.role == "reader":
+        if worker.role != "writer":
             self.may_be_taken += self.ledger.words[self.ledger.of(worker.number, CALLING)]
 
     def step(self) -> list[str]:
@@ -199,7 +250,7 @@ class Crowd:
                 worker.stopped_until = 0
                 worker.process.send_signal(CONTINUE)
         failures += self.stuck(now)
-        for role, number in (("writer", WRITERS), ("reader", READERS)):
+        for role, number in (("writer", WRITERS), (self.reader, self.readers)):
             for _ in range(number - sum(worker.role == role for worker in self.alive)):
                 self.start(role)
         worker = self.dice.choice(self.alive)
@@ -215,29 +266,31 @@ class Crowd:
     def stuck(self, now: float) -> list[str]:
         """Who has come no further for too long. Nobody is stopped for as long as that."""
         words = self.ledger.words
-        if words[RECEIVED] != self.received:
-            self.received, self.since = words[RECEIVED], now
+        received = words[RECEIVED] + sum(words[self.ledger.of(worker.number, COUNT)] for worker in self.alive)
+        if received != self.received:
+            self.received, self.since = received, now
         failures = [f"nothing received for {STUCK:.0f} s"] if now - self.since > STUCK else []
         for worker in self.alive:
             progress = words[self.ledger.of(worker.number, ACKNOWLEDGED)]
-            if worker.role == "reader" or progress != worker.progress:
+            if worker.role != "writer" or progress != worker.progress:
                 worker.progress, worker.since = progress, now
             elif now - worker.since > STUCK:
                 failures.append(f"writer {worker.number} has written nothing for {STUCK:.0f} s")
         return failures
 
 
-def soak(minutes: float, seed: int) -> int:
+def soak(minutes: float, seed: int, compete: bool) -> int:
     """Run the crowd, and print the table."""
     name = f"soak-{os.getpid()}"
     end = time.monotonic() + minutes * 60
     failures: list[str] = []
     with contextlib.ExitStack() as stack:
         path = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), "ledger")
-        ring = stack.enter_context(Ring.create(name, CAPACITY, writers=WRITERS))
+        options: dict[str, Any] = {"readers": "compete", "max_readers": COMPETING + 1} if compete else {}
+        ring = stack.enter_context(Ring.create(name, CAPACITY, writers=WRITERS, **options))
         ledger = stack.enter_context(contextlib.closing(Ledger(path, processes=2 * int(minutes * 60 / REST) + 100)))
         words = ledger.words
-        crowd = Crowd(name, ledger, path, seed)
+        crowd = Crowd(name, ledger, path, seed, compete)
         try:
             while time.monotonic() < end and not failures:
                 failures += crowd.step()
@@ -247,8 +300,14 @@ def soak(minutes: float, seed: int) -> int:
         finally:
             for worker in list(crowd.alive):
                 crowd.kill(worker)
-        read_the_rest(name, ledger)
-        missing = sum(ledger.missing(writer) for writer in crowd.writers)
+        if compete:
+            with open(f"{path}.{crowd.started}", "wb") as notes, contextlib.suppress(RingTimeout):
+                while True:
+                    notes.write(ring.read(timeout=0)[4:16])
+            missing = tally(path, ledger, crowd.started + 1, crowd.writers)
+        else:
+            read_the_rest(name, ledger)
+            missing = sum(ledger.missing(writer) for writer in crowd.writers)
         lost = max(missing - crowd.may_be_taken, 0)
         rows: dict[str, Any] = {
             "minutes": minutes,
@@ -274,14 +333,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Use a ring for a long time, kill at random, and count.")
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "little"))
+    parser.add_argument("--readers", choices=("one", "compete"), default="one")
     parser.add_argument("--as", dest="role", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not arguments.role:
-        return soak(arguments.minutes, arguments.seed)
+        return soak(arguments.minutes, arguments.seed, arguments.readers == "compete")
     role, name, path, number, seed = arguments.role
     os_backend.SLICE = None
-    live = write_for_a_while if role == "writer" else read_for_a_while
-    live(name, Ledger(path), int(number), int(seed))
+    if role == "competitor":
+        compete_for_a_while(name, path, Ledger(path), int(number), int(seed))
+    else:
+        live = write_for_a_while if role == "writer" else read_for_a_while
+        live(name, Ledger(path), int(number), int(seed))
     return 0
 
 
