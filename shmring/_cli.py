@@ -121,7 +121,7 @@ def run_tail(options: argparse.Namespace) -> int:
 def passing(name: str, last: int, follow: bool, missed: list[int]) -> Iterator[bytes]:
     """The `last` messages of each lane, and with `follow` what comes; `missed` gets how many others there were.
 
-    A ring with one reader is looked at from outside. Where readers have cursors of their own we are one of them.
+    A ring is looked at from outside. Where readers have cursors of their own we are one of them.
     """
     with contextlib.closing(os_backend.Look(name)) as look:
         layout = _layout.parse_header(look.header, look.size, os_backend.MACHINE, name)
@@ -305,6 +305,8 @@ def _open_ring(options: argparse.Namespace) -> tuple[Ring, bool]:
     while options.create:
         with contextlib.suppress(FileExistsError):
             how: dict[str, Any] = {"readers": "broadcast", "lag": options.broadcast} if options.broadcast else {}
+            if options.compete:
+                how = {"readers": "compete"}
             return Ring.create(options.name, options.capacity, writers=options.writers, keep=options.keep, **how), True
         with contextlib.suppress(FileNotFoundError):  # it has gone in between
             return Ring.open(options.name, any_owner=options.any_owner), False
@@ -497,7 +499,9 @@ def _add_opening(parser: Any) -> None:
     making.add_argument("--capacity", type=size, default=1 << 20, metavar="BYTES", help="of each lane (1M)")
     making.add_argument("--writers", type=positive, default=64, metavar="N", help="lanes (64)")
     making.add_argument("--keep", action="store_true", help="it stays, with its messages, until `rm`")
-    making.add_argument("--broadcast", choices=_layout.LAGS, help="each reader gets all; who lags blocks, or loses")
+    several = making.add_mutually_exclusive_group()
+    several.add_argument("--compete", action="store_true", help="several readers; one of them gets each message")
+    several.add_argument("--broadcast", choices=_layout.LAGS, help="each reader gets all; who lags blocks, or loses")
 
 
 def ring_name(text: str) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import DARWIN, DEADLINE, KILLED, ROOT, WINDOWS
+from conftest import DARWIN, DEADLINE, KILLED, ROOT, WINDOWS, wait_until
 from support import kill_yourself, popen
 
 from shmring import Ring, RingTimeout, _cli, _doctor, _layout, _view
@@ -328,6 +328,21 @@ def test_a_ring_that_broadcasts_is_made_sent_to_received_from_and_told_of(run, s
         assert (code, out) == (3, b"") and err == ""  # it joined just now
         stats = ring.stats()
         assert (stats.readers, stats.messages_in, stats.messages_out) == (1, 1003, 3)
+
+
+def test_receivers_that_compete_share_what_is_sent(run, start, name):
+    receivers = [start("recv", name, "--create", "--compete", "--capacity", "4096", "-n", "1") for _ in range(3)]
+    with Ring.open(name, timeout=DEADLINE) as ring:
+        wait_until(lambda: ring.readers_alive() == 3, "the readers")
+        facts = json.loads(run("stat", name, "--json")[1])
+        assert [facts[what] for what in ("readers", "max_readers", "readers_alive")] == ["compete", 8, 3]
+        assert run("send", name, "1", "2", "3") == (0, b"", "")
+        assert sorted(receiver.communicate(timeout=DEADLINE) for receiver in receivers) == [
+            (b"1\n", b""), (b"2\n", b""), (b"3\n", b"")
+        ]  # fmt: skip
+        ring.write(b"seen, not taken")
+        assert run("tail", name) == (0, b"seen, not taken\n", "")
+        assert ring.read(timeout=0) == b"seen, not taken"
 
 
 def test_recv_says_what_was_lost_and_goes_on(run, name, monkeypatch):
