@@ -204,7 +204,9 @@ WHOLE: Final = 1024  # bytes; messages up to this are compared whole, also while
 BATCH: Final = {64: 1024, 1024: 256, 1 << 16: 4, 1 << 20: 2}  # different messages that go round; one write_many
 CAPACITY: Final = {64: 1 << 20, 1024: 1 << 20, 1 << 16: (1 << 19) + 4096, 1 << 20: (1 << 21) + 4096}  # bytes of a lane
 CLIENTS: Final = 10
-READERS: Final = 4  # of a broadcast ring
+READERS: Final = 4  # of a ring that has several
+CREW: Final = 4  # writers to readers who compete
+LULL: Final = 0.02  # seconds without a message, after which such a reader looks whether all were taken
 CLIENT_CAPACITY: Final = 1 << 15  # bytes of a lane for requests, and of one for replies
 REQUEST: Final = 64  # bytes
 PAUSE: Final = 0.0005  # seconds in which a reader falls asleep, between two messages
@@ -322,11 +324,11 @@ class RingChannel(Channel):
     label = "shmring"
     awaits = True
 
-    def __init__(self, name: str, capacities: dict[int, int], writers: int = 1) -> None:
+    def __init__(self, name: str, capacities: dict[int, int], writers: int = 1, **how: Any) -> None:
         self.rings: dict[int, Ring] = {}
         try:
             for size, capacity in capacities.items():
-                self.rings[size] = Ring.create(f"{name}-{size}", capacity, writers=writers)
+                self.rings[size] = Ring.create(f"{name}-{size}", capacity, writers=writers, **how)
         except BaseException:
             self.close()
             raise
@@ -893,6 +895,53 @@ def be_one_of_all(audience: str, way: str, count: int) -> int:
     return lost
 
 
+def be_one_of_crew(crew: str, way: str, count: int, before: int) -> tuple[int, array[int]]:
+    """Take messages that others take too, until these writers' are all taken; returns when, and which.
+
+    Each of the writers sends so many, and there were so many messages before.
+    """
+    channel = _channels[crew][0]
+    received: list[bytes] = []
+    if isinstance(channel, RingChannel):
+        ring = channel.rings[REQUEST]
+        stop = before + CREW * count
+        while ring.stats().messages_out < stop:
+            with contextlib.suppress(RingTimeout):
+                if way == BATCHED:
+                    while True:
+                        received += ring.read_many(BATCH[REQUEST], timeout=LULL)
+                else:
+                    while True:
+                        received.append(ring.read(timeout=LULL))
+        end = clock() - int(LULL * 1e9)
+    else:
+        receive, ends = channel.receiver(REQUEST), 0
+        while ends < CREW:
+            message = receive()
+            if message is None:
+                ends += 1
+            else:
+                received.append(message)
+        end = clock()
+    taken = array("q")
+    due = [0] * CREW
+    for message in received:
+        number, client = _STAMPED.unpack(message[:16])
+        if client >= CREW or number < due[client] or message[16:] != pattern(client, REQUEST)[16:]:
+            complain(message, pattern(0, REQUEST))
+        due[client] = number + 1
+        taken.append(number * CREW + client)
+    return end, taken
+
+
+def be_writer_and_end(crew: str, way: str, client: int, count: int, start: int) -> int:
+    """`be_writer`, of what is no ring: then tell each of the readers that this writer has written all."""
+    began = be_writer(crew, way, client, count, start)
+    for _ in range(READERS):
+        _channels[crew][0].sender(REQUEST)(None)
+    return began
+
+
 def rehearse(channel: RingChannel, count: int) -> None:
     """Do once, on a ring of its own that stays open, all that a server and a client do."""
     _channels["rehearsal"] = channel
@@ -997,6 +1046,7 @@ class Run(NamedTuple):
     talks: Sequence[Talk] = ()
     parks: int = 0  # times that the ring's reader fell asleep
     lost: float = 0.0  # messages, to a reader
+    share: float = 0.0  # of all messages, what that reader took who took the least
 
 
 class Pair:
@@ -1115,12 +1165,18 @@ class Office:
 
 
 class Hall:
-    """A writer and its readers, each a process: one reader, or all of a ring that broadcasts."""
+    """Writers and readers, each a process. One writer to one reader, or to all of a ring that broadcasts; some
+    writers to one reader, or to several of which one gets each message."""
 
     AUDIENCES: Final[dict[str, tuple[int, dict[str, Any]]]] = {
         "1 reader": (1, {}),
         f"{READERS} readers": (READERS, {"readers": "broadcast"}),
         f"{READERS} readers that may lose": (READERS, {"readers": "broadcast", "lag": "drop"}),
+    }
+    CREWS: Final[dict[str, tuple[int, dict[str, Any] | None]]] = {
+        "1 reader": (1, {}),
+        f"{READERS} that compete": (READERS, {"readers": "compete"}),
+        f"{READERS} of {QueueChannel.label}": (READERS, None),
     }
 
     def __init__(self, fleet: Fleet, channels: contextlib.ExitStack) -> None:
@@ -1131,7 +1187,12 @@ class Hall:
             )
             for audience, (_, how) in self.AUDIENCES.items()
         }
-        self._writer, *self._readers = [fleet.hire(rings) for _ in range(1 + READERS)]
+        crews = {crew: (self._crew(channels, how),) for crew, (_, how) in self.CREWS.items()}
+        self._sent = dict.fromkeys(crews, 0)
+        # A crew is called as an audience may be.
+        links = {**rings, **{f"crew, {crew}": channel for crew, channel in crews.items()}}
+        workers = [fleet.hire(links) for _ in range(CREW + READERS)]
+        self._writers, self._readers = workers[:CREW], workers[CREW:]
         for audience, (readers, _) in self.AUDIENCES.items():
             self._run(*((worker, join, audience) for worker in self._readers[:readers]))
 
@@ -1140,8 +1201,30 @@ class Hall:
         readers = self._readers[: self.AUDIENCES[audience][0]]
         start = clock() + 10_000_000
         jobs = [(worker, be_one_of_all, audience, way, messages) for worker in readers]
-        took, *lost = self._run((self._writer, be_broadcaster, audience, way, messages, start), *jobs)
+        took, *lost = self._run((self._writers[0], be_broadcaster, audience, way, messages, start), *jobs)
         return Run(messages, took / 1e9, lost=sum(lost) / len(readers))
+
+    def _crew(self, channels: contextlib.ExitStack, how: dict[str, Any] | None) -> Channel:
+        name = f"bench-{os.getpid()}-{next(_numbers)}"
+        channel = QueueChannel() if how is None else RingChannel(name, {REQUEST: CAPACITY[REQUEST]}, CREW, **how)
+        channels.callback(channel.close)
+        return channel
+
+    def compete(self, crew: str, way: str, messages: int) -> Run:
+        """All writers send, together some `messages`, each of which one of the readers takes."""
+        count, label = max(1, messages // CREW), f"crew, {crew}"
+        size, how = self.CREWS[crew]
+        start = clock() + 10_000_000
+        be = be_writer_and_end if how is None else be_writer
+        writing = [(worker, be, label, way, number, count, start) for number, worker in enumerate(self._writers)]
+        jobs = [(worker, be_one_of_crew, label, way, count, self._sent[crew]) for worker in self._readers[:size]]
+        done = self._run(*writing, *jobs)
+        self._sent[crew] += CREW * count
+        shares = [taken for _, taken in done[CREW:]]
+        if sorted(itertools.chain(*shares)) != list(range(CREW * count)):
+            raise WrongMessage("a message was taken twice, or by nobody")
+        seconds = (max(end for end, _ in done[CREW:]) - min(done[:CREW])) / 1e9
+        return Run(CREW * count, seconds, share=min(map(len, shares)) / count / CREW)
 
 
 def private_bytes(workers: Sequence[Worker]) -> list[int]:
@@ -1423,6 +1506,20 @@ def run_readers(bench: Bench, hall: Hall) -> None:
             bench.note("readers", case, audience, "messages/s", rates, lost=lost, size=REQUEST)
         columns: Columns = {"% lost": lambda result: digits(result.more["lost"] * 100)}
         bench.show("readers", case, list(ways), {**figure("messages/s", rate), **columns})
+    bench.say(
+        f"WORK QUEUE, messages of {REQUEST} B a second that {CREW} writers write and one reader, or {READERS}, take;",
+        "the least is the share of the reader that got the fewest.",
+    )
+    for way in (OURS, BATCHED):
+        case = f"queue, {way.partition(', ')[2] or 'a call each'}"
+        crews = [crew for crew, (_, how) in Hall.CREWS.items() if way == OURS or how is not None]
+        runs = bench.rounds(case, {crew: partial(hall.compete, crew, way) for crew in crews}, bench.scale.seconds)
+        for crew in crews:
+            rates = [run.messages / run.seconds for run in runs[crew]]
+            least = statistics.median(run.share for run in runs[crew])
+            bench.note("readers", case, crew, "messages/s", rates, least=least, size=REQUEST)
+        columns = {"least": lambda result: f"{digits(result.more['least'] * 100)} %"}
+        bench.show("readers", case, crews, {**figure("messages/s", rate), **columns})
 
 
 def of_client(talks: Sequence[Talk]) -> dict[str, float]:
@@ -1509,6 +1606,13 @@ def goals(bench: Bench) -> list[Goal]:
         one, all_ = bench.find("readers", case, "1 reader"), bench.find("readers", case, audience)
         if one and all_:
             found.append(Goal(f"{audience}, {case}, to one", all_.median / one.median, "x", 0.75, False))
+    crews = list(Hall.CREWS)
+    one, four, queue = (bench.find("readers", "queue, a call each", crew) for crew in crews)
+    together = bench.find("readers", "queue, batched", crews[1])
+    if one and four and queue and together:
+        found.append(Goal(f"{crews[1]}, to one", four.median / one.median, "x", 0.5, False))
+        found.append(Goal(f"{crews[1]}, to {crews[2]}", four.median / queue.median, "x", 5, False))
+        found.append(Goal(f"{crews[1]}, batched", together.median / 1e6, "M/s", 2, False))
     memory = bench.find("clients", "memory", OURS)
     if memory:
         found.append(Goal("a client's memory beyond the lanes", memory.median / 1e3, "KB", 38, True))
