@@ -82,7 +82,7 @@ def check_memory(told, out):
     assert bench.TELLS_MEMORY or WINDOWS
     assert ("beyond the lanes" in out) == bench.TELLS_MEMORY
     assert ("memory for each client, shmring: not measured" in out) != bench.TELLS_MEMORY
-    assert len(told["goals"]) == 19 - (not bench.TELLS_MEMORY) - WINDOWS  # a pipe is nothing for loops there
+    assert len(told["goals"]) == 22 - (not bench.TELLS_MEMORY) - WINDOWS  # a pipe is nothing for loops there
 
 
 def check_remarks(environment, out, words):
@@ -113,6 +113,9 @@ def check_results(results):
     assert ("writers", "10 writers", "shmring, batched") in found
     for who in ("1 reader", "4 readers", "4 readers that may lose"):
         assert ("readers", "a call each", who) in found and ("readers", "batched", who) in found
+    for who in ("1 reader", "4 that compete"):
+        assert ("readers", "queue, a call each", who) in found and ("readers", "queue, batched", who) in found
+    assert ("readers", "queue, a call each", "4 of multiprocessing.Queue") in found
     assert ("latency", "64 B, asyncio", "shmring") in found
     assert (("latency", "64 B, asyncio", "os.pipe") in found) != WINDOWS
     for result in results:
