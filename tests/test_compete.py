@@ -5,25 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import pickle
 import random
 import signal
 import struct
-import sys
 import threading
 import time
 
 import pytest
-from conftest import DEADLINE, WINDOWS, wait_until
-from support import DARWIN
+from conftest import DEADLINE, KILLED, WINDOWS, Line, Words, wait_until
+from support import kill_yourself
 
 from shmring import BufferTooSmall, Ring, RingBusy, RingClosed, RingTimeout, _layout
 from shmring import _ring as ring_module
 from shmring._words import GiveBack
 
-ON_LINUX = sys.platform == "linux" and not DARWIN
 HOUR = 3600.0
-needs_fork = pytest.mark.skipif(WINDOWS, reason="no forks here")
 needs_selectors = pytest.mark.skipif(WINDOWS, reason="selectors wait for nothing but sockets here")
 needs_stop = pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no signal stops a process here")
 
@@ -590,3 +588,114 @@ def test_tasks_of_one_and_of_two_loops(ring, unhelped, loops):
     for thread in threads:
         thread.result()
     assert sorted(got) == sorted(messages)
+
+
+# ---------------------------------------------------------------- processes
+
+CROWD = 4  # writers, and readers
+
+
+def take_part(name, reader, counts):
+    """Note each message that comes, until the end does; each reader in its own way."""
+    way = [WAYS["read"], WAYS["in place"], lambda ring: ring.read_many(3), WAYS["into a buffer"]][reader]
+    with Ring.open(name) as ring:
+        ring.join()
+        while True:
+            for message in way(ring):
+                if not message:
+                    return
+                (number,) = struct.unpack_from("=I", message)
+                assert message == struct.pack("=I", number) * (len(message) // 4)
+                counts[number] += 1
+                counts[len_of(counts) - CROWD + reader] += 1
+
+
+def len_of(counts):
+    return len(counts.words)
+
+
+@pytest.mark.parametrize("spin", [None, 0])
+def test_a_crowd_of_processes_takes_each_message_once_and_nobody_starves(name, children, spin):
+    each = 100
+    counts = Words(CROWD * each + CROWD)
+
+    def write(writer):
+        with Ring.open(name, spin=spin) as ring:
+            for number in range(each):
+                number += writer * each
+                ring.write(struct.pack("=I", number) * (1 + number % 7 * 50))
+
+    try:
+        with Ring.create(name, 8192, writers=CROWD + 1, readers="compete", max_readers=CROWD, spin=spin) as ring:
+            readers = [children.start(take_part, name, reader, counts) for reader in range(CROWD)]
+            wait_until(lambda: ring.readers_alive() == CROWD, "the readers")
+            for writer in [children.start(write, writer) for writer in range(CROWD)]:
+                assert children.join(writer) == 0
+            # Some of them may have had nothing yet: it goes on until each has.
+            wait_until(lambda: sum(counts.words[: CROWD * each]) == CROWD * each, "that all is taken")
+            assert set(counts.words[: CROWD * each]) == {1}
+            extra = struct.pack("=I", 0)
+
+            def share():
+                ring.write_many([extra] * 20)
+                return min(counts.words[CROWD * each :])
+
+            wait_until(share, "that each gets one")
+            wait_until(lambda: ring.stats().messages_in == ring.stats().messages_out, "that all is taken")
+            # A batch may have several of these.
+            wait_until(lambda: not ring.readers_alive() or ring.try_write(b"") and False, "that all have ended")
+            assert [children.join(pid) for pid in readers] == [0] * CROWD
+    finally:
+        counts.remove()
+
+
+@pytest.mark.parametrize("with_message", [True, False])
+def test_who_is_killed_in_its_turn_holds_nobody_up(name, children, with_message):
+    """Inside, or when it had just taken the turn over by half."""
+    with Ring.create(name, 4096, writers=1, readers="compete", max_readers=2) as ring:
+        ring.join()
+        ring.write(b"first")
+        assert ring.read() == b"first"  # it is our turn
+
+        def die():
+            with Ring.open(name) as other:
+                other.join()
+                reader = other._reader
+                if with_message:
+                    assert reader._take()
+                else:
+                    reader._is_inside = lambda before: kill_yourself()
+                    reader._take()
+                kill_yourself()
+
+        assert children.join(children.start(die)) == KILLED
+        ring.write(b"second")
+        assert ring.read(timeout=DEADLINE) == b"second"
+        assert ring.try_read() is None
+
+
+@needs_stop
+def test_who_is_stopped_in_its_turn_holds_the_others_up_without_work_for_them(name, children, shared):
+    told = shared(Line)
+
+    def stop():
+        with Ring.open(name) as other:
+            other.join()
+            assert other._reader._take()
+            told.say()
+            os.kill(os.getpid(), signal.SIGSTOP)
+            other._reader._give()
+            assert other.read(timeout=DEADLINE) == b"last"
+
+    with Ring.create(name, 4096, writers=1, readers="compete", max_readers=2) as ring:
+        pid = children.start(stop)
+        told.hear()
+        ring.write(b"it waits")
+        before = time.process_time()
+        with pytest.raises(RingTimeout):
+            ring.read(timeout=1)
+        assert time.process_time() - before < 0.5, "a wait works"
+        os.kill(pid, signal.SIGCONT)
+        assert ring.read(timeout=DEADLINE) == b"it waits"
+        ring.write(b"last")
+        assert children.join(pid) == 0

@@ -14,7 +14,7 @@ import pytest
 from conftest import DEADLINE, namespaces, segments, wait_until
 from test_processes import opens
 
-from shmring import Ring, RingBusy
+from shmring import Ring, RingBusy, RingTimeout
 
 REMOTE = """
 import os, sys
@@ -180,3 +180,29 @@ def test_a_forked_child_of_a_containers_process_1_dies_with_it_and_leaves_its_ro
         assert second.ask("ring.write(b'3')") == "None"
         assert b"3" in ring.read_many()
         assert second.ask("ring.close()") == "None"
+
+
+def test_readers_of_two_containers_compete_and_one_is_killed_in_its_sleep_or_in_its_turn(name, containers):
+    """Both are process 1: it is no number of theirs by which the turn is had, or is free."""
+    first, second = containers
+    with Ring.create(name, 4096, writers=1, readers="compete", max_readers=2, spin=0) as ring:
+        for container in containers:
+            assert "Ring" in container.ask(f"globals().update(ring=Ring.open({name!r}, spin=0)) or ring")
+            assert container.ask("ring.join()") == "None"
+        for turn in range(20):
+            ring.write(b"%d" % turn)
+            assert containers[turn % 2].ask("ring.read()") == repr(b"%d" % turn)
+        for container in containers:
+            container.tell("ring.read()")
+        wait_until(lambda: ring.stats().readers_parked == 2, "the sleep of both")
+        first.kill()
+        wait_until(lambda: ring.stats().readers == 1, "the death of the first")
+        ring.write(b"for the second")
+        assert second.answer() == repr(b"for the second")
+        ring.write(b"again")
+        assert second.ask("ring._reader._take()") == "True"
+        with pytest.raises(RingTimeout):
+            ring.read(timeout=0)
+        second.kill()
+        wait_until(lambda: ring.stats().readers == 1, "the death of the second")
+        assert ring.read(timeout=DEADLINE) == b"again"
