@@ -23,10 +23,11 @@ from shmring import _layout, _linux
 
 # Before every 12th bytecode that counts (see `Trace`), from a random one on; SHMRING_EVERY=1 is before each. With
 # SHMRING_ALL_PLACES=1 all bytecodes count.
+killing = pytest.mark.killing
 EVERY = int(os.environ.get("SHMRING_EVERY") or 12)
 
 
-@pytest.mark.parametrize("event", ["kill", "stop", "interrupt"])
+@pytest.mark.parametrize("event", [*(pytest.param(event, marks=killing) for event in ("kill", "stop")), "interrupt"])
 @pytest.mark.parametrize("case", CASES)
 def test_at_every_bytecode(case, event, children, seed):
     """See the case's docstring in `operations.py`."""
@@ -83,6 +84,7 @@ def test_where_a_bytecode_does_not_count_the_world_is_as_before(case, name):
     assert me.trace.places > 100 and me.trace.changes
 
 
+@killing
 @pytest.mark.parametrize("case", CASES)
 def test_within_bytecodes(case, children, seed):
     """Killed at some instruction of the processor within one that acts; a sample, because stepping there takes long."""

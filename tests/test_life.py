@@ -80,7 +80,7 @@ def test_capacity_is_the_real_value(name, asked, capacity):
 
 @pytest.mark.parametrize("kwargs, error", [
     ({"capacity": 0}, ValueError), ({"capacity": 1 << 41}, ValueError), ({"capacity": 4096.0}, TypeError),
-    ({"writers": 0}, ValueError), ({"writers": 5000}, ValueError), ({"readers": "compete"}, ValueError),
+    ({"writers": 0}, ValueError), ({"writers": 5000}, ValueError), ({"readers": "several"}, ValueError),
     ({"mode": 0o400}, ValueError), ({"mode": 0o1600}, ValueError), ({"mode": "rw"}, ValueError),
 ])  # fmt: skip
 def test_a_wrong_argument_of_create_leaves_nothing(name, kwargs, error):
