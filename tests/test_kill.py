@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -22,13 +23,15 @@ from support import DEADLINE, ROOT
 from shmring import _layout, _linux
 
 # Before every 12th bytecode that counts (see `Trace`), from a random one on; SHMRING_EVERY=1 is before each. With
-# SHMRING_ALL_PLACES=1 all bytecodes count.
-killing = pytest.mark.killing
+# SHMRING_ALL_PLACES=1 all bytecodes count. Every second operation, others each day; SHMRING_CASES=1 is each.
 EVERY = int(os.environ.get("SHMRING_EVERY") or 12)
+CASES_EVERY = int(os.environ.get("SHMRING_CASES") or 2)
+TODAYS = list(CASES)[int(time.time()) // 86400 % CASES_EVERY :: CASES_EVERY]
+killing = pytest.mark.killing
 
 
 @pytest.mark.parametrize("event", [*(pytest.param(event, marks=killing) for event in ("kill", "stop")), "interrupt"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", TODAYS)
 def test_at_every_bytecode(case, event, children, seed):
     """See the case's docstring in `operations.py`."""
     first = random.Random(seed).randrange(EVERY) + 1
@@ -85,7 +88,7 @@ def test_where_a_bytecode_does_not_count_the_world_is_as_before(case, name):
 
 
 @killing
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", TODAYS)
 def test_within_bytecodes(case, children, seed):
     """Killed at some instruction of the processor within one that acts; a sample, because stepping there takes long."""
     every = 40 * EVERY
