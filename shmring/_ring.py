@@ -578,7 +578,8 @@ class Ring:
                 cannot be released. The message is taken out, and the handle reads again, once it is gone.
             RingBusy, RingTimeout, RingCorrupted, RingClosed: At the beginning of the block, as for `read`.
 
-        If this process dies inside the block, the message stays in the ring.
+        If this process dies inside the block, the message stays in the ring; where readers compete it was taken out
+        at the beginning, and is lost.
         """
         return Borrowed(self, timeout)
 
