@@ -692,14 +692,9 @@ class Ring:
         self._spin_on(attempt, self._read_spin, deadline)
         try:
             self._wait(attempt, parking, reader.nothing, lambda: 0, deadline, "no message in")
-            return True
-        except RingClosed:
-            raise
-        except BaseException as error:
-            reader.pass_on()
-            if isinstance(error, RingTimeout):
-                return False
-            raise
+        except RingTimeout:
+            return False
+        return True
 
     async def read_async(self, *, timeout: float | None = None) -> bytes:
         """`read` for tasks of asyncio: others run while it waits, with no helper thread.
@@ -844,13 +839,7 @@ class Ring:
                 raise self._is_closed()
             if not spun:
                 self._spin_on(attempt, self._read_spin, deadline)
-            try:
-                self._wait(attempt, reader.parking, reader.nothing, lambda: 0, deadline, "no message in")
-            except RingClosed:
-                raise
-            except BaseException:
-                reader.pass_on()
-                raise
+            self._wait(attempt, reader.parking, reader.nothing, lambda: 0, deadline, "no message in")
         return answer
 
     # ------------------------------------------------------------ waiting
@@ -884,16 +873,24 @@ class Ring:
         deadline: float | None,
         what: str,
     ) -> None:
-        """Attempt until it succeeds, and sleep in between."""
-        while not attempt():
-            if deadline is not None and time.perf_counter() >= deadline:
-                if self._announcing and parking is self._reader.parking and not self._arm(self._reader):
-                    continue
-                raise RingTimeout(f"{what} ring {self.name!r} within the timeout")
-            try:
-                parking.park(nothing, needs(), self._look_again(parking, deadline))
-            except MonitorClosed:
-                raise self._is_closed() from None
+        """Attempt until it succeeds, and sleep in between. A reader that gives up passes on what it was rung for."""
+        reader = self._reader
+        try:
+            while not attempt():
+                if deadline is not None and time.perf_counter() >= deadline:
+                    if self._announcing and parking is self._reader.parking and not self._arm(self._reader):
+                        continue
+                    raise RingTimeout(f"{what} ring {self.name!r} within the timeout")
+                try:
+                    parking.park(nothing, needs(), self._look_again(parking, deadline))
+                except MonitorClosed:
+                    raise self._is_closed() from None
+        except RingClosed:
+            raise
+        except BaseException:
+            if parking is reader.parking:
+                reader.pass_on()
+            raise
 
     def _look_again(self, parking: Parking, deadline: float | None) -> float | None:
         """When who parks there is to look again.

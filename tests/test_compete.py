@@ -19,7 +19,7 @@ from support import kill_yourself
 
 from shmring import BufferTooSmall, Ring, RingBusy, RingClosed, RingTimeout, _layout
 from shmring import _ring as ring_module
-from shmring._words import GiveBack
+from shmring._words import GiveBack, Parking
 
 HOUR = 3600.0
 needs_selectors = pytest.mark.skipif(WINDOWS, reason="selectors wait for nothing but sockets here")
@@ -255,11 +255,11 @@ def test_a_handle_whose_loop_is_over_is_not_rung(ring, opened, unhelped, timeout
 def test_who_waits_for_the_doorbell_and_leaves_has_another_woken(ring, opened, unhelped, monkeypatch, error):
     """It was rung, and finds out that it was as it leaves."""
     one, two = opened(), opened()
-    wait = ring_module.Ring._wait
+    park = Parking.park
 
     def rung(self, *args):
-        if self is not one:
-            return wait(self, *args)
+        if self is not one._reader.parking:
+            return park(self, *args)
 
         def last_look():
             ring.write(b"x")
@@ -267,13 +267,14 @@ def test_who_waits_for_the_doorbell_and_leaves_has_another_woken(ring, opened, u
                 raise error
             return True
 
-        args[1].park(last_look, 0, time.perf_counter())
+        park(self, last_look, 0, time.perf_counter())
         raise RingTimeout("as if it had come too late to be seen")
 
     has_written(ring)
+    assert one.try_read() is None  # it knows the lane
     thread = Thread(two.read)
     asleep(ring, 1)
-    monkeypatch.setattr(ring_module.Ring, "_wait", rung)
+    monkeypatch.setattr(Parking, "park", rung)
     ring._writer._bells._next = one._reader.slot
     if error:
         with pytest.raises(error):
