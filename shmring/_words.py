@@ -1170,14 +1170,22 @@ class Reader:
         borrowed = self._borrowed
         if borrowed is not None:
             return not borrowed.left
-        words, layout = self._segment.words, self._segment.layout
-        known = len(self._lanes)
-        if self._owed or (known < layout.writers and self._segment.map[layout.used_offset + known]):
-            return False
-        return all(lane.damage or words[lane.write_pos] in (lane.pos, words[lane.read_pos]) for lane in self._lanes)
+        return not self._owed and not self._can_take()
+
+    def _can_take(self) -> bool:
+        """Is there something in the ring? For `nothing`."""
+        words = self._segment.words
+        return self._another_used() or not all(
+            lane.damage or words[lane.write_pos] in (lane.pos, words[lane.read_pos]) for lane in self._lanes
+        )
+
+    def _another_used(self) -> bool:
+        """Has a lane come into use that is not known yet?"""
+        layout, known = self._segment.layout, len(self._lanes)
+        return known < layout.writers and self._segment.map[layout.used_offset + known] != 0
 
     def was_refused(self) -> bool:
-        """Has a reader of those that compete been refused since this was asked the last time?"""
+        """Was it another one's turn, of those that compete, and is it to be left to that one for a little longer?"""
         return False
 
     def pass_on(self) -> None:
@@ -1358,9 +1366,9 @@ class Reader:
 
     def _look(self) -> list[_Lane]:
         """R1 for every lane: those that have something, the first to be served at the end."""
-        layout, words, used = self._segment.layout, self._segment.words, self._segment.map
-        while len(self._lanes) < layout.writers and used[layout.used_offset + len(self._lanes)]:
-            lane = _Lane(layout, len(self._lanes), self.slot)
+        words = self._segment.words
+        while self._another_used():
+            lane = _Lane(self._segment.layout, len(self._lanes), self.slot)
             lane.pos, lane.count = words[lane.read_pos], words[lane.messages_out] & WORD >> 1
             self._lanes.append(lane)
         if self._untold is not None:
@@ -1377,10 +1385,14 @@ class Reader:
                 self._check(lane, lane.pos)
                 turns.append(lane)
         if len(turns) > 1:
-            turns.sort(key=lambda lane: (lane.number <= self._last, lane.number), reverse=True)
+            self._take_turns(turns)
         if self._order:
             self._order()  # ORDER R1 before R2, else we copy what was there before the record
         return turns
+
+    def _take_turns(self, lanes: list[_Lane]) -> None:
+        """Sort these, so that the first after the one that was served last is at the end."""
+        lanes.sort(key=lambda lane: (lane.number <= self._last, lane.number), reverse=True)
 
     def _check(self, lane: _Lane, pos: int) -> None:
         """Raise RingCorrupted if the lane cannot have been published so far."""
@@ -1786,19 +1798,14 @@ class CompetingReader(Reader):
         words[(block + _layout.JOINED) >> 3] = self.joined
         self._ours = (self.joined * _layout.MAX_COMPETING + self.slot) << 1 | HAS
 
-    def nothing(self) -> bool:
-        """As for other readers; and where there is something, is it somebody else's turn? For S4."""
-        borrowed = self._borrowed
-        if borrowed is not None:
-            return not borrowed.left
-        if self._owed:
-            return False
+    def _can_take(self) -> bool:
+        """Is there something, and our turn to be had?"""
         if not self._is_left():
-            return True
-        if self.monitor.enter(PROBE):
             return False
+        if self.monitor.enter(PROBE):
+            return True
         self._refuse_reentry()
-        return True
+        return False
 
     def _refuse_reentry(self) -> None:
         """Raise RuntimeError if this thread is inside by another handle, further up its stack, and waits for itself."""
@@ -1816,12 +1823,11 @@ class CompetingReader(Reader):
         return 0 < self._refused < PATIENCE
 
     def _is_left(self) -> bool:
-        """Is there a message in a lane, or one that is not known yet? Nobody waits for this look."""
-        words, layout = self._segment.words, self._segment.layout
-        known = len(self._lanes)
-        if known < layout.writers and self._segment.map[layout.used_offset + known]:
-            return True
-        return any(words[lane.read_pos] != words[lane.write_pos] and not lane.damage for lane in self._lanes)
+        """Is there a message in a lane, or a lane that is not known yet? Whosever turn it is."""
+        words = self._segment.words
+        return self._another_used() or any(
+            words[lane.read_pos] != words[lane.write_pos] and not lane.damage for lane in self._lanes
+        )
 
     def pass_on(self) -> None:
         """T6, for who leaves a wait without a message, and may have been rung for one."""
@@ -1894,12 +1900,18 @@ class CompetingReader(Reader):
         if self._asleep[self._asleep_at] and self._is_left():  # T6
             self._bells.ring()
 
+    def _end_turn(self) -> None:
+        """Have neither the turn nor the claim to it, if an exception has left us one of them."""
+        if self._order:
+            self._order()  # ORDER R3 before T4
+        self._segment.words[self._inside] = 0  # T4
+        self._segment.release(_layout.TURN_CLAIM)  # X5
+
     def _candidates(self) -> list[_Lane]:
         """The lanes that seem to have something, the first to be served at the end."""
-        words, layout, used = self._segment.words, self._segment.layout, self._segment.map
-        lanes = self._lanes
-        while len(lanes) < layout.writers and used[layout.used_offset + len(lanes)]:
-            lanes.append(_Lane(layout, len(lanes)))
+        words, lanes = self._segment.words, self._lanes
+        while self._another_used():
+            lanes.append(_Lane(self._segment.layout, len(lanes)))
         found = []
         for lane in lanes:
             pos = words[lane.read_pos]
@@ -1911,7 +1923,7 @@ class CompetingReader(Reader):
                     self._copy_ahead(lane, pos)
             found.append(lane)
         if len(found) > 1:
-            found.sort(key=lambda lane: (lane.number <= self._last, lane.number), reverse=True)
+            self._take_turns(found)
         return found
 
     def _copy_ahead(self, lane: _Lane, pos: int) -> None:
@@ -1945,7 +1957,7 @@ class CompetingReader(Reader):
                 return False
             self._give()  # somebody may have been refused in between
             return True
-        if type(request) is GiveBack or isinstance(request, Borrow) and request.ends:
+        if type(request) is GiveBack or type(request) is Borrow and request.ends:
             return super()._serve(request)
         if self._borrowed is not None and self._is_borrowed():
             return None
@@ -1980,11 +1992,7 @@ class CompetingReader(Reader):
             if self.parking is None:
                 self._claim()
             self._refused = 0  # else `was_refused` would say so until there is something to be refused
-            # An exception while the last one was dealt with may have left us inside.
-            if order:
-                order()  # ORDER R3 before T4
-            words[self._inside] = 0  # T4
-            segment.release(_layout.TURN_CLAIM)
+            self._end_turn()  # an exception may have come while the last one was dealt with
             self._make_good()
             fence, inside, ours = self._fence, self._inside, self._ours
             while True:
@@ -2084,10 +2092,7 @@ class CompetingReader(Reader):
                 request.settle(words, self._owed)
             # It may have come between T1 and T4, R3 and R5, or T4 and T6.
             if self.parking is not None:
-                if order:
-                    order()  # ORDER R3 before T4
-                words[self._inside] = 0  # T4
-                segment.release(_layout.TURN_CLAIM)
+                self._end_turn()
                 self._make_good()
                 self.pass_on()
             raise
