@@ -16,6 +16,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
+from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, overload
 
@@ -289,8 +290,9 @@ class Ring:
         # `timeout` would be keyword-only, here and in `read`, if that did not cost each call a twentieth.
         if type(data) is not bytes:
             data = _flat(data)
+        send = self._send  # called as a method it would be looked for in the class first: a thirtieth of a call
         try:
-            answer = self._send(data)
+            answer = send(data)
             if answer is None:
                 return
         except StopIteration:  # an exception ended these steps, or `close`
@@ -384,13 +386,13 @@ class Ring:
 
         If this process dies inside the block, nothing of the message is in the ring.
         """
-        if not isinstance(nbytes, int) or isinstance(nbytes, bool):
+        if type(nbytes) is not int and (not isinstance(nbytes, int) or isinstance(nbytes, bool)):
             raise TypeError(f"nbytes is a number of bytes, not {type(nbytes).__name__}")
         if nbytes < 0:
             raise ValueError(f"nbytes is a number of bytes, not {nbytes}")
         if nbytes > self._segment.layout.max_message:
             raise MessageTooLarge(self.name, nbytes, self.max_message)
-        return Reservation(self, nbytes, timeout)
+        return Reservation(self, self._writer, Reserve(nbytes), timeout)
 
     def _enter_writer(self, data: Any) -> Any:
         """Ask the writer's monitor: None, or which read_pos is wanted."""
@@ -581,7 +583,7 @@ class Ring:
         If this process dies inside the block, the message stays in the ring; where readers compete it was taken out
         at the beginning, and is lost.
         """
-        return Borrowed(self, timeout)
+        return Borrowed(self, self._reader, Borrow(), timeout)
 
     def messages(self, *, timeout: float | None = None) -> Iterator[bytes]:
         """Iterate over the messages as they come; each is out of the ring when it is handed out.
@@ -1133,20 +1135,21 @@ ONCE: Final = "a message in place is entered once; ask for another one"
 class _InPlace:
     """A message in place, as a context manager whose view ends with the block."""
 
-    _ring: Ring
-    _side: Writer | Reader
-    _timeout: float | None
-    _request: Any = None
+    _request: Any = None  # until the constructor has ended
+
+    def __init__(self, ring: Ring, side: Writer | Reader, request: Reserve | Borrow, timeout: float | None) -> None:
+        self._ring, self._side, self._request, self._timeout = ring, side, request, timeout
 
     def _end(self, enter: Callable[[Any], Any]) -> None:
         """Have its end done."""
-        self._request.ends = True
+        request = self._request
+        request.ends = True
         try:
-            enter(self._request)
+            enter(request)
         except BaseException:
             self._leave()
             raise
-        self._request.left = True
+        request.left = True
 
     def _leave(self) -> None:
         """Have whoever comes next do what there is left to do: nobody waits for us any longer."""
@@ -1156,21 +1159,19 @@ class _InPlace:
 
     def __del__(self) -> None:
         """A signal handler's exception may come before the first instruction of `__exit__`, which then is skipped."""
-        if self._request is not None and not self._request.left:
+        request = self._request
+        if request is not None and request.thread and not request.left:
             self._leave()
 
 
 class Reservation(_InPlace):
     """Room for one message that is written in place; see `Ring.reserve`."""
 
-    def __init__(self, ring: Ring, nbytes: int, timeout: float | None) -> None:
-        self._ring, self._side, self._nbytes, self._timeout = ring, ring._writer, nbytes, timeout
-
     def __enter__(self) -> memoryview:
-        if self._request is not None:
+        ring, request = self._ring, self._request
+        if request.thread:
             raise RuntimeError(ONCE)
-        ring = self._ring
-        request = self._request = Reserve(self._nbytes)
+        request.thread = get_ident()
         try:
             wanted = ring._enter_writer(request)
             if wanted is not None:
@@ -1178,8 +1179,7 @@ class Reservation(_InPlace):
         except BaseException:
             self._leave()  # in case that it is there
             raise
-        assert request.view is not None
-        return request.view
+        return request.view  # type: ignore[no-any-return]
 
     def commit(self, nbytes: int) -> None:
         """Publish the first `nbytes` bytes now, as the message. The view ends, and the block may be left.
@@ -1187,10 +1187,11 @@ class Reservation(_InPlace):
         Raises:
             ValueError: More bytes than were reserved, or not in the block; nothing is published.
         """
-        if self._request is None or self._request.left:
+        request = self._request
+        if not request.thread or request.left:
             raise ValueError("commit: this is not in the block, or it was done already")
-        if not isinstance(nbytes, int) or not 0 <= nbytes <= self._nbytes:
-            raise ValueError(f"commit takes 0 to {self._nbytes:,} bytes, which were reserved, not {nbytes!r}")
+        if not isinstance(nbytes, int) or not 0 <= nbytes <= request.size:
+            raise ValueError(f"commit takes 0 to {request.size:,} bytes, which were reserved, not {nbytes!r}")
         self._commit(nbytes)
 
     def _commit(self, nbytes: int | None) -> None:
@@ -1203,10 +1204,12 @@ class Reservation(_InPlace):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        request = self._request
+        if request.left:
+            return
         if kind is None:
-            if not self._request.left:
-                self._commit(self._nbytes)
-        elif not self._request.left:
+            self._commit(request.size)
+        else:
             with suppress(RingClosed, BufferError):  # the exception says more
                 self._commit(None)
 
@@ -1214,24 +1217,20 @@ class Reservation(_InPlace):
 class Borrowed(_InPlace):
     """A message that is read in place; see `Ring.borrow`."""
 
-    def __init__(self, ring: Ring, timeout: float | None) -> None:
-        self._ring, self._side, self._timeout = ring, ring._reader, timeout
-
     def __enter__(self) -> memoryview:
-        if self._request is not None:
+        ring, request = self._ring, self._request
+        if request.thread:
             raise RuntimeError(ONCE)
-        ring = self._ring
-        request = self._request = Borrow()
+        request.thread = get_ident()
         try:
             if ring._enter_reader(request) is None:
                 ring._await(request, _deadline(self._timeout))
         except BaseException:
             self._leave()  # in case that it is there
             raise
-        assert request.view is not None
         view = request.view
         request.given = True  # from here on an exception is one in the block
-        return view
+        return view  # type: ignore[no-any-return]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -230,14 +230,12 @@ class InPlace:
     Attributes:
         ends: It was asked for, and this is its end. To ask for that again is harmless.
         left: The caller has left: with an end that is done, or without one, and then only the view stands in the way.
-        thread: Whose it is. That one must not wait for itself.
+        thread: Whose it is, once it was asked for. That one must not wait for itself.
     """
 
     view: memoryview | None = None
     ends = left = False
-
-    def __init__(self) -> None:
-        self.thread = threading.get_ident()
+    thread = 0
 
     def released(self) -> bool:
         """Release the view; was it possible? Else something still uses it."""
@@ -278,7 +276,7 @@ class Reserve(WriteRequest, InPlace):
     commit: int | None = None
 
     def __init__(self, size: int) -> None:
-        self.thread, self.size = threading.get_ident(), size
+        self.size = size
 
 
 class ReadRequest:
@@ -640,6 +638,7 @@ class Writer:
         self._reader = reader
         self._lane = -1  # also while a claim is tried: an exception right after it must not lose it
         self._bells = ReaderBells(segment)
+        self._asleep, self._asleep_at = self._bells.asleep()
         self._gone = [0] * segment.layout.slots  # `joined` of each reader that was found dead
         self._marked = -1  # the last part of the lane that has its mark
         # Of the claimed lane: where its bytes begin, and the indices of its words.
@@ -811,7 +810,8 @@ class Writer:
         words[self._messages_in] = words[self._messages_in] + messages & WORD
         if self._fence:
             self._fence()  # W4
-        self._bells.ring()  # W5
+        if self._asleep[self._asleep_at]:  # W5
+            self._bells.ring()
 
     def _room(self, pos: int, step: int) -> tuple[int, int, int]:
         """Look for room at `pos` for a record of `step` bytes, after padding where the lane ends.
@@ -980,7 +980,7 @@ class Writer:
         segment = self._segment
         layout, words, ring, order = segment.layout, segment.words, segment.map, self._order
         capacity, max_message = layout.capacity, layout.max_message
-        sleepers, asleep = self._bells.asleep()
+        sleepers, asleep = self._asleep, self._asleep_at
         data = yield
         try:
             if self.parking is None:
@@ -991,6 +991,11 @@ class Writer:
             fence = self._fence
             write_pos, messages_in, first = self._write_pos, self._messages_in, self._first
             while True:
+                if isinstance(data, WriteRequest):
+                    answer = self._serve(data)
+                    data = None
+                    data = yield answer
+                    continue
                 pos, count = words[write_pos], words[messages_in] & WORD >> 1
                 at = stop = first + pos % capacity  # records go from here to there: no room until looked for
                 base = pos - at  # the position that the segment's byte 0 would have in this lap
@@ -1032,9 +1037,6 @@ class Writer:
                         self._bells.ring()
                     data = None
                     data = yield None
-                answer = self._serve(data)
-                data = None
-                data = yield answer
         except (GeneratorExit, MessageTooLarge, RingBusy):
             raise
         except BaseException:

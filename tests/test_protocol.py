@@ -1361,7 +1361,6 @@ PLANTED = [
     ("Writer._steps", "# W3", "# W4"),
     ("Writer._publish", "# ORDER W2", "# W3"),
     ("Writer._publish", "# W3", "# W4"),
-    ("Writer._publish", "# W3", "# W5"),
     ("Writer._room", "# W1", "# ORDER W1"),
     ("ReaderBells.ring", ".ring(", "self._rung[slot] = epoch"),
     ("Reader._look", "# R1", "# ORDER R1"),
