@@ -383,6 +383,51 @@ def split_run(buffer: Any, at: int, run: int, size: int) -> list[bytes]:
     return messages
 
 
+def split_mixed(words: memoryview, buffer: Any, at: int, stop: int, most: int) -> tuple[list[bytes], int]:
+    """The messages in the records from `at` on, at most `most`, and how many bytes they take.
+
+    It ends before `stop`, and before what is no record that ends there.
+    """
+    messages: list[bytes] = []
+    start = at
+    while at < stop and len(messages) < most:
+        size = words[at >> 3]
+        after = at + RECORD_HEADER + (size + 7 & ~7)  # written out, as this is done for each message
+        if after > stop:
+            break
+        step = after - at
+        fourth = at + 3 * step
+        if fourth < stop and words[after >> 3] == size == words[fourth >> 3]:  # else it takes longer than one by one
+            run = run_of(words, at, size, min(most - len(messages), (stop - at) // step))
+            messages += split_run(buffer, at, run, size)
+            at += run * step
+        else:
+            messages.append(buffer[at + RECORD_HEADER : at + RECORD_HEADER + size])
+            at = after
+    return messages, at - start
+
+
+def run_of(words: memoryview, at: int, size: int, most: int) -> int:
+    """How many records from `at` on, at most `most`, have this `size`, as the first one has."""
+    stride = record_bytes(size) >> 3
+    start, looked_at = at >> 3, 8
+    while True:
+        # A few first: most runs are long, or short.
+        looked_at = min(looked_at, most)
+        sizes = words[start : start + looked_at * stride : stride].tolist()
+        if sizes.count(size) != looked_at:
+            return next(i for i, other in enumerate(sizes) if other != size)
+        if looked_at == most:
+            return most
+        looked_at *= 16
+
+
+@lru_cache(maxsize=PACKED + 1)
+def _packer(size: int) -> Callable[..., None]:
+    """What puts a record's length and payload in, in one call instead of two stores: a fifth of a small write."""
+    return struct.Struct(f"=Q{size}s").pack_into
+
+
 @lru_cache(maxsize=256)
 def _record_of(size: int) -> Callable[[mmap.mmap, int], tuple[int, bytes]]:
     """What takes a record's length and payload out, in one call."""
@@ -1008,8 +1053,7 @@ class Writer:
                             raise MessageTooLarge(segment.name, len(data), max_message)
                         size = len(data)
                         step = record_bytes(size)
-                        # One call for length and payload instead of two stores: a fifth of a small write.
-                        pack = struct.Struct(f"=Q{size}s").pack_into if size <= PACKED else None
+                        pack = _packer(size) if size <= PACKED else None
                     end = at + step
                     if end > stop:
                         pos, free, wanted = self._room(base + at, step)
@@ -1428,16 +1472,6 @@ class Reader:
         length = self._segment.words[(lane.first + pos % self._segment.layout.capacity) >> 3]
         return self._damaged(lane, pos, f"a length of {length:,} where {lane.end - pos:,} bytes were published")
 
-    def _run(self, lane: _Lane, pos: int, size: int, most: int) -> int:
-        """How many records from `pos` on, at most `most`, have this `size`: at least 1. Costs one call in C."""
-        step = record_bytes(size)
-        at = lane.first + pos % self._segment.layout.capacity
-        most = min(most, min(lane.end - pos, lane.top - at, BURST) // step)
-        if most < 2 or self._segment.words[(at + step) >> 3] != size:
-            return 1
-        sizes = self._segment.words[at >> 3 : (at + most * step) >> 3 : step >> 3].tolist()
-        return most if sizes.count(size) == most else next(i for i, other in enumerate(sizes) if other != size)
-
     def _free(self, lane: _Lane, pos: int, count: int) -> None:
         """R3 to R5: everything before `pos` is consumed."""
         words = self._segment.words
@@ -1576,18 +1610,21 @@ class Reader:
                     break
                 if pos == lane.end or size < 0:
                     break
-                run = self._run(lane, pos, size, most - len(batch) - len(messages))
-                at, nbytes = lane.first + pos % capacity, run * record_bytes(size)
-                if run > 1:
-                    several = split_run(segment.map, at, run, size)  # R2
+                at = lane.first + pos % capacity
+                stop = at + min(lane.end - pos, lane.top - at, max(BURST, record_bytes(size)))
+                room = most - len(batch) - len(messages)
+                if self._drops:
+                    # Writers wait for nobody: copied as it is first, which takes a hundredth of the time.
+                    records = segment.map[at:stop]  # R2
+                    if self._lapped(lane, start):
+                        pos = start
+                        break
+                    several, nbytes = split_mixed(memoryview(records).cast("Q"), records, 0, stop - at, room)
                 else:
-                    several = [segment.map[at + RECORD_HEADER : at + RECORD_HEADER + size]]  # R2
-                if self._drops and self._lapped(lane, start):
-                    pos = start
-                    break
+                    several, nbytes = split_mixed(segment.words, segment.map, at, stop, room)  # R2
                 messages += several
                 pos += nbytes
-                count += run
+                count += len(several)
             if self._drops and self._lapped(lane, pos) and not batch and not messages:
                 return self._read_batch(request)
             if size < 0 and not batch and not messages:
@@ -1629,6 +1666,7 @@ class Reader:
         # Of the lane that is being read: its words, and how far it is read, published and handed over.
         write_pos = read_pos = messages_out = parked = 0
         pos = end = given = count = base = last = 0
+        limit = 0  # where the records end that are published in this lap, once that was checked
         size, step = -1, 0  # of the last record
         unpack: Any = None  # what takes one of that size out, once a second one is there
         nowhere = -capacity  # below every `at`, also where `pos` goes back to padding before `base`
@@ -1650,7 +1688,7 @@ class Reader:
                     continue
                 if pos == end:
                     if alone:
-                        end = words[write_pos]  # R1
+                        end, limit = words[write_pos], 0  # R1
                         if order:
                             order()  # ORDER R1 before R2, as in _look
                         if ring[another_used]:
@@ -1678,7 +1716,7 @@ class Reader:
                         self._last = lane.number
                         alone = len(self._lanes) == 1
                         pos = given = lane.pos
-                        end, count = lane.end, lane.count
+                        end, limit, count = lane.end, 0, lane.count
                         write_pos, read_pos, messages_out, parked = (
                             lane.write_pos, lane.read_pos, lane.messages_out, lane.parked << 3
                         )  # fmt: skip
@@ -1713,26 +1751,35 @@ class Reader:
                 if drops and self._pass_over(lane, pos, count):
                     lane, pos, turns, alone = none, end, [], False
                     continue
-                lane.end, start = end, pos
-                self._check(lane, pos)
-                pos, found = self._record(lane, pos)
-                if drops and self._lapped(lane, start):
-                    pos = start
-                    continue
-                if found < 0:
-                    raise self._bad_length(lane, pos)
-                if pos == end:
-                    given = pos
-                    self._free(lane, pos, count)  # nothing but padding
-                    size, step = -1, 0  # what comes next is not like the last one
-                    continue
+                start = pos
+                if not limit:
+                    lane.end = end
+                    self._check(lane, pos)
+                    limit = min(lane.top, end - base)
+                found = PADDING if drops or at >= limit else words[at >> 3]
+                after = at + RECORD_HEADER + (found + 7 & ~7)
+                if after > limit:
+                    # Padding, or damage, or what may have been written over meanwhile.
+                    pos, found = self._record(lane, pos)
+                    if drops and self._lapped(lane, start):
+                        pos = start
+                        continue
+                    if found < 0:
+                        raise self._bad_length(lane, pos)
+                    if pos == end:
+                        given = pos
+                        self._free(lane, pos, count)  # nothing but padding
+                        size, step = -1, 0  # what comes next is not like the last one
+                        continue
+                    base = pos - pos % capacity - lane.first
+                    at, limit = pos - base, min(lane.top, end - base)
+                    after = at + record_bytes(found)
                 if found != size:
-                    size, step, unpack = found, record_bytes(found), None
-                base = pos - pos % capacity - lane.first
+                    size, step, unpack = found, after - at, None
                 last = nowhere if drops else lane.top - step
-                at = pos - base
-                run = self._run(lane, pos, size, BURST)
-                if run > 3:
+                stop, fourth = min(limit, at + BURST), at + 3 * step
+                if fourth < stop and words[after >> 3] == size == words[fourth >> 3]:
+                    run = run_of(words, at, size, (stop - at) // step)
                     burst: Sequence[bytes] = split_run(ring, at, run, size)  # R2
                 else:
                     burst = (ring[at + RECORD_HEADER : at + RECORD_HEADER + size],)  # R2
@@ -1934,7 +1981,7 @@ class CompetingReader(Reader):
         What is taken of them is what read_pos then says, and if it says `pos` or more nothing was written over that
         record before: it was whole, and of this size, when it was copied. What others take in the meantime may be torn.
         """
-        layout = self._segment.layout
+        layout, words = self._segment.layout, self._segment.words
         if not pos < lane.end <= pos + layout.capacity or pos & 7:
             return
         if self._order:
@@ -1942,9 +1989,10 @@ class CompetingReader(Reader):
         pos, size = self._record(lane, pos)
         if 0 <= size <= PACKED and pos != lane.end:
             step = record_bytes(size)
-            run = self._run(lane, pos, size, min(AHEAD, JOINED // step))
+            at = lane.first + pos % layout.capacity
+            most = min(AHEAD, min(lane.end - pos, lane.top - at, JOINED) // step)
+            run = run_of(words, at, size, most) if most > 1 and words[(at + step) >> 3] == size else 1
             if run > 1:
-                at = lane.first + pos % layout.capacity
                 messages = split_run(self._segment.map, at, run, size)  # R2
                 lane.ahead = {}  # none has the new step before it is there
                 lane.step, lane.stop = step, pos + run * step

@@ -647,14 +647,21 @@ def test_what_is_overwritten_while_it_is_copied_from_behind_padding_is_lost(name
             ring.write(message)
             assert other.read() == message
         ring.write(messages[2])
-        run = other._reader._run
+        record, lapped = other._reader._record, other._reader._lapped
+
+        def found(*args):
+            monkeypatch.setattr(other._reader, "_record", record)
+            monkeypatch.setattr(other._reader, "_lapped", overtaken)
+            return record(*args)
 
         def overtaken(*args):
-            monkeypatch.setattr(other._reader, "_run", run)
+            """Only after it was seen that the record is there still."""
+            monkeypatch.setattr(other._reader, "_lapped", lapped)
+            gone = lapped(*args)
             ring.write_many([bytes(30000)] * 8)
-            return run(*args)
+            return gone
 
-        monkeypatch.setattr(other._reader, "_run", overtaken)
+        monkeypatch.setattr(other._reader, "_record", found)
         with pytest.raises(MessagesLost) as lost:
             other.try_read()
         left = other.read_many()

@@ -1120,7 +1120,7 @@ WORDS = (
 CALLS = {
     "order": "order", "_order": "order", "fence": "fence", "_fence": "fence", "sleeper_fence": "membarrier",
     "ring": "ring bell", "note": "load bell", "wait": "wait bell", "nothing": "look", "pack": "store record",
-    "unpack": "load record", "split_run": "load record", "bytes": "load record",
+    "unpack": "load record", "split_run": "load record", "split_mixed": "load record", "bytes": "load record",
     "claim": "claimed = try claim", "release": "release claim", "_is_inside": "load inside",
     "_make_even": "store parked", "_ring": "load parked",
 }  # fmt: skip

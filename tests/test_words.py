@@ -248,6 +248,32 @@ def test_every_way_of_reading_gives_the_same_messages(sizes):
             assert got == messages
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        *([64] * 5 + [64 + kind] * length + [64] * 5 for length in (1, 2, 3, 4, 9, 130) for kind in (1, 8)),
+        [size for size in range(20) for _ in range(size)],
+        [size for number in range(40) for size in (16, 24, 16)],
+        *([size] * 6 for size in (1016, 1024, 1025, 16376, 16384, 65528, 65536, 70000, 1 << 17)),
+        [65536, 8, 65536, 65536, 65536, 65536, 8, 8, 8, 8, 8, 0],
+    ],
+    ids=lambda sizes: f"{len(sizes)} of {sorted(set(sizes))}",
+)
+def test_runs_of_all_lengths_are_taken_apart_into_their_messages(sizes):
+    """Again and again, so that they lie over the end of the lane as well."""
+    messages = [(number.to_bytes(2, "big") * size)[:size] for number, size in enumerate(sizes)]
+    segment = FakeSegment(capacity=1 << 20)
+    writer, reader = Writer(segment), Reader(segment)
+    ways = (lambda: [ask(reader, None)], lambda: ask(reader, ReadBatch(7)), lambda: ask(reader, ReadBatch(1000)))
+    for takes in ways * 3:
+        assert ask(writer, batch(messages)) is None
+        got = []
+        while len(got) < len(messages):
+            got += takes()
+        assert got == messages
+        assert ask(writer, bytes(300_000)) is None and len(drain(reader)) == 1
+
+
 def test_what_was_given_back_comes_first_and_was_never_out():
     segment = FakeSegment()
     writer, reader = Writer(segment), Reader(segment)
