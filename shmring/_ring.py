@@ -1169,7 +1169,7 @@ class Reservation(_InPlace):
 
     def __enter__(self) -> memoryview:
         ring, request = self._ring, self._request
-        if request.thread:
+        if request.thread or request.ends:
             raise RuntimeError(ONCE)
         request.thread = get_ident()
         try:
@@ -1219,7 +1219,7 @@ class Borrowed(_InPlace):
 
     def __enter__(self) -> memoryview:
         ring, request = self._ring, self._request
-        if request.thread:
+        if request.thread or request.ends:
             raise RuntimeError(ONCE)
         request.thread = get_ident()
         try:

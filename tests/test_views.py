@@ -142,6 +142,16 @@ def test_wrong_sizes_are_refused_before_the_block(ring):
         pass
 
 
+def test_a_message_in_place_that_was_left_before_it_was_entered_is_of_no_use_any_more(ring):
+    ring.write(b"stays")
+    for place in (ring.reserve(5), ring.borrow()):
+        place.__exit__(None, None, None)
+        with pytest.raises(RuntimeError, match="once"), place:
+            pass
+    assert ring.read() == b"stays"
+    assert ring.try_read() is None
+
+
 def test_room_is_waited_for(ring):
     ring.write(bytes(4000))
     with pytest.raises(RingTimeout):
