@@ -397,7 +397,8 @@ def split_mixed(words: memoryview, buffer: Any, at: int, stop: int, most: int) -
             break
         step = after - at
         fourth = at + 3 * step
-        if fourth < stop and words[after >> 3] == size == words[fourth >> 3]:  # else it takes longer than one by one
+        # A run of fewer than four is quicker one by one. What is no header at `fourth` is for run_of to find out.
+        if fourth < stop and words[after >> 3] == size == words[fourth >> 3]:
             run = run_of(words, at, size, min(most - len(messages), (stop - at) // step))
             messages += split_run(buffer, at, run, size)
             at += run * step
@@ -1777,7 +1778,7 @@ class Reader:
                 if found != size:
                     size, step, unpack = found, after - at, None
                 last = nowhere if drops else lane.top - step
-                stop, fourth = min(limit, at + BURST), at + 3 * step
+                stop, fourth = min(limit, at + BURST), at + 3 * step  # as in split_mixed
                 if fourth < stop and words[after >> 3] == size == words[fourth >> 3]:
                     run = run_of(words, at, size, (stop - at) // step)
                     burst: Sequence[bytes] = split_run(ring, at, run, size)  # R2
