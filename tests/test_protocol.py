@@ -1361,6 +1361,7 @@ PLANTED = [
     ("Writer._steps", "# W3", "# W4"),
     ("Writer._publish", "# ORDER W2", "# W3"),
     ("Writer._publish", "# W3", "# W4"),
+    ("Writer._publish", "# W3", "self._bells.ring()"),
     ("Writer._room", "# W1", "# ORDER W1"),
     ("ReaderBells.ring", ".ring(", "self._rung[slot] = epoch"),
     ("Reader._look", "# R1", "# ORDER R1"),
