@@ -410,8 +410,9 @@ def split_mixed(words: memoryview, buffer: Any, at: int, stop: int, most: int) -
 
 def run_of(words: memoryview, at: int, size: int, most: int) -> int:
     """How many records from `at` on, at most `most`, have this `size`, as the first one has."""
-    stride = record_bytes(size) >> 3
-    start, looked_at = at >> 3, 8
+    start, stride, looked_at = at >> 3, record_bytes(size) >> 3, 8
+    if most < 2 or words[start + stride] != size:
+        return 1
     while True:
         # A few first: most runs are long, or short.
         looked_at = min(looked_at, most)
@@ -1991,8 +1992,7 @@ class CompetingReader(Reader):
         if 0 <= size <= PACKED and pos != lane.end:
             step = record_bytes(size)
             at = lane.first + pos % layout.capacity
-            most = min(AHEAD, min(lane.end - pos, lane.top - at, JOINED) // step)
-            run = run_of(words, at, size, most) if most > 1 and words[(at + step) >> 3] == size else 1
+            run = run_of(words, at, size, min(AHEAD, min(lane.end - pos, lane.top - at, JOINED) // step))
             if run > 1:
                 messages = split_run(self._segment.map, at, run, size)  # R2
                 lane.ahead = {}  # none has the new step before it is there
