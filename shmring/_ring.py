@@ -386,7 +386,7 @@ class Ring:
 
         If this process dies inside the block, nothing of the message is in the ring.
         """
-        if type(nbytes) is not int and (not isinstance(nbytes, int) or isinstance(nbytes, bool)):
+        if not isinstance(nbytes, int) or isinstance(nbytes, bool):
             raise TypeError(f"nbytes is a number of bytes, not {type(nbytes).__name__}")
         if nbytes < 0:
             raise ValueError(f"nbytes is a number of bytes, not {nbytes}")
@@ -1179,7 +1179,8 @@ class Reservation(_InPlace):
         except BaseException:
             self._leave()  # in case that it is there
             raise
-        return request.view  # type: ignore[no-any-return]
+        view: memoryview = request.view
+        return view
 
     def commit(self, nbytes: int) -> None:
         """Publish the first `nbytes` bytes now, as the message. The view ends, and the block may be left.
@@ -1228,9 +1229,9 @@ class Borrowed(_InPlace):
         except BaseException:
             self._leave()  # in case that it is there
             raise
-        view = request.view
+        view: memoryview = request.view
         request.given = True  # from here on an exception is one in the block
-        return view  # type: ignore[no-any-return]
+        return view
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
