@@ -1138,8 +1138,8 @@ class _Lane:
     """One lane as its reader sees it: where its words are, and how far it has been read."""
 
     __slots__ = (
-        "ahead", "backed", "bell", "count", "damage", "end", "first", "given_up", "held", "messages_out", "number",
-        "parked", "pos", "read_pos", "rung", "seen", "step", "stop", "top", "wanted", "write_pos",
+        "backed", "bell", "count", "damage", "end", "first", "given_up", "held", "messages_out", "number", "parked",
+        "pos", "read_pos", "rung", "seen", "top", "wanted", "write_pos",
     )  # fmt: skip
 
     def __init__(self, layout: Layout, number: int, slot: int = 0) -> None:
@@ -1158,8 +1158,7 @@ class _Lane:
         self.damage = ""  # what is wrong with it; it is left alone then
         self.backed = False  # it is sure to have memory
         self.seen = self.held = 0  # the writer's epoch that waits for more than there was, and for how much
-        self.ahead: dict[int, bytes] = {}  # competing: copies, by their positions, of records that take `step` bytes
-        self.pos = self.end = self.count = self.step = self.stop = 0  # `stop`: where `ahead` ends
+        self.pos = self.end = self.count = 0
 
 
 class Reader:
@@ -1963,43 +1962,63 @@ class CompetingReader(Reader):
         words, lanes = self._segment.words, self._lanes
         while self._another_used():
             lanes.append(_Lane(self._segment.layout, len(lanes)))
-        found = []
-        for lane in lanes:
-            pos = words[lane.read_pos]
-            if pos not in lane.ahead:
-                lane.end = words[lane.write_pos]
-                if pos == lane.end or lane.damage:
-                    continue
-                if lane.backed:
-                    self._copy_ahead(lane, pos)
-            found.append(lane)
+        found = [lane for lane in lanes if words[lane.read_pos] != words[lane.write_pos] and not lane.damage]
         if len(found) > 1:
             self._take_turns(found)
         return found
 
-    def _copy_ahead(self, lane: _Lane, pos: int) -> None:
-        """R2 before T1, so that a turn is short: copy a run of small messages that may come to be ours.
+    def _copy_ahead(self, lane: _Lane) -> tuple[int, Sequence[bytes], int]:
+        """R2 before T1, so that a turn is short: copy messages that may come to be ours.
 
-        What is taken of them is what read_pos then says, and if it says `pos` or more nothing was written over that
-        record before: it was whole, and of this size, when it was copied. What others take in the meantime may be torn.
+        What is taken of them is what read_pos then says: as long as it does not go beyond a message's position, nothing
+        was written over that record, so it was whole when it was copied. What others take in the meantime may be torn.
+
+        Returns:
+            The position of the first, the messages, and the bytes that each takes, or 0 if these are not the same.
+            No message where there is something else, or nothing: `_look_inside` tells.
         """
-        layout, words = self._segment.layout, self._segment.words
-        if not pos < lane.end <= pos + layout.capacity or pos & 7:
-            return
+        layout, words, ring = self._segment.layout, self._segment.words, self._segment.map
+        pos = words[lane.read_pos]
+        end = words[lane.write_pos]  # R1
         if self._order:
             self._order()  # ORDER R1 before R2
-        pos, size = self._record(lane, pos)
-        if 0 <= size <= PACKED and pos != lane.end:
-            step = record_bytes(size)
-            at = lane.first + pos % layout.capacity
-            run = run_of(words, at, size, min(AHEAD, min(lane.end - pos, lane.top - at, JOINED) // step))
+        if not lane.backed or not pos < end <= pos + layout.capacity or pos & 7:
+            return pos, (), 0
+        at = lane.first + pos % layout.capacity
+        limit = min(at + end - pos, lane.top)
+        size = words[at >> 3]
+        step = record_bytes(size)
+        after = at + step
+        messages: Sequence[bytes]
+        if after > limit:
+            return pos, (), 0
+        if after == limit or size > PACKED:
+            messages = (ring[at + RECORD_HEADER : at + RECORD_HEADER + size],)  # R2
+        else:
+            limit = min(limit, at + JOINED)
+            run = run_of(words, at, size, min(AHEAD, (limit - at) // step))
             if run > 1:
-                messages = split_run(self._segment.map, at, run, size)  # R2
-                lane.ahead = {}  # none has the new step before it is there
-                lane.step, lane.stop = step, pos + run * step
-                lane.ahead = dict(zip(range(pos, lane.stop, step), messages))
-                if self._order:
-                    self._order()  # ORDER R2 before read_pos, by which they are taken
+                messages = split_run(ring, at, run, size)  # R2
+            else:
+                messages, _ = split_mixed(words, ring, at, limit, AHEAD)  # R2
+                step = 0
+        if self._order:
+            self._order()  # ORDER R2 before read_pos, by which they are taken
+        return pos, messages, step
+
+    def _look_inside(self, lane: _Lane) -> None:
+        """What there is instead of a message, while nobody else takes: padding, which is consumed, or damage."""
+        words = self._segment.words
+        pos, lane.end = words[lane.read_pos], words[lane.write_pos]  # R1
+        if self._order:
+            self._order()  # ORDER R1 before R2
+        if pos != lane.end:
+            self._check(lane, pos)
+            after, size = self._record(lane, pos)
+            if size < 0:
+                raise self._bad_length(lane, after)
+            if after != pos:
+                self._free(lane, after, words[lane.messages_out] & WORD >> 1)
 
     def _serve(self, request: Any) -> Any:
         """Requests that are not for one message as it comes. An exception leaves us inside, for who catches it."""
@@ -2022,16 +2041,15 @@ class CompetingReader(Reader):
         words = self._segment.words
         for lane in self._lanes:
             lane.pos, lane.count = words[lane.read_pos], words[lane.messages_out] & WORD >> 1
-            lane.end = lane.pos  # `_candidates` has not checked it, nor that it has memory: it is looked at anew
+            lane.end = lane.pos  # it is looked at anew: whether that is so, and whether it has memory
         answer = super()._serve(request)
         self._give()
         return answer
 
     def _steps(self) -> Generator[Any, Any, None]:
-        segment, capacity = self._segment, self._segment.layout.capacity
-        words, ring, order = segment.words, segment.map, self._order
+        words, ring, order = self._segment.words, self._segment.map, self._order
         sleepers, asleep, turn = self._asleep, self._asleep_at, self._turn
-        lane = _Lane(segment.layout, 0)
+        lane = _Lane(self._segment.layout, 0)
         turns: list[_Lane] = []
         held = True  # maybe there is a message owed, or in place
         answer: list[Any] = []
@@ -2071,68 +2089,65 @@ class CompetingReader(Reader):
                 if not turns:
                     turns = self._candidates()
                     if not turns:
+                        self._refused = 0
                         request = yield None
                         continue
-                words[inside] = 1  # T1
-                if fence:
-                    fence()  # T2
-                if words[turn] != ours:  # T3
-                    words[inside] = 0
-                    pos = words[turns[-1].read_pos]
+                lane = turns[-1]
+                if words[turn] != ours:  # a first look, which T3 repeats
+                    pos = words[lane.read_pos]
+                    if pos == words[lane.write_pos]:
+                        turns.pop()
+                        continue
                     self._refused += 1 if pos != seen else IDLE
                     seen = pos
                     if request is None and self._refused < PATIENCE or not self._take():
                         request = yield None
                         continue
-                if order:
-                    order()  # ORDER T3 before R1
-                lane = turns[-1]
-                pos = words[lane.read_pos]
-                message = lane.ahead.get(pos)
-                if message is not None:
-                    until = pos + lane.step
-                else:
-                    lane.end = words[lane.write_pos]  # R1
+                pos, copies, step = self._copy_ahead(lane)
+                if not copies:
+                    turns.pop()
+                    if not self._take():
+                        request = yield None
+                        continue
+                    self._look_inside(lane)
+                    self._give()
+                    continue
+                read_pos, messages_out, parked = lane.read_pos, lane.messages_out, lane.parked << 3
+                count = -1
+                for message in copies:
+                    words[inside] = 1  # T1
+                    if fence:
+                        fence()  # T2
+                    mine = words[turn] == ours  # T3
                     if order:
-                        order()  # ORDER R1 before R2
-                    if pos != lane.end:
-                        self._check(lane, pos)
-                        pos, size = self._record(lane, pos)
-                        if size < 0:
-                            raise self._bad_length(lane, pos)
-                    if pos == lane.end:  # others were faster, or it is nothing but padding
-                        if pos != words[lane.read_pos]:
-                            self._free(lane, pos, words[lane.messages_out] & WORD >> 1)
-                        turns.pop()
-                        self._give()
-                        continue  # what was looked at may be old, and other lanes have something by now
-                    body = lane.first + pos % capacity + RECORD_HEADER
-                    message = ring[body : body + size]  # R2
-                    until = pos + record_bytes(size)
-                if order:
-                    order()  # ORDER R2 before R3
-                words[lane.read_pos] = until  # R3
-                if pos != lane.pos:  # others took from it since we did
-                    lane.count = words[lane.messages_out] & WORD >> 1
-                words[lane.messages_out] = lane.count = lane.count + 1
-                lane.pos = until
-                if order:
-                    order()  # ORDER R3 before T4
-                words[inside] = 0  # T4
-                if fence:
-                    fence()  # T5, R4
-                if ring[lane.parked << 3] and (until >= lane.held or words[lane.parked] != lane.seen):  # R5
-                    self._ring(lane, until)
-                if sleepers[asleep] and self._is_left():  # T6
-                    self._bells.ring()
-                if until >= lane.stop:
+                        order()  # ORDER T3 before R1
+                    if not mine or words[read_pos] != pos:
+                        self._give()  # others have taken it, or are about to
+                        break
+                    if count < 0:
+                        count = words[messages_out] & WORD >> 1
+                    until = pos + (step or record_bytes(len(message)))
+                    words[read_pos] = pos = until  # R3
+                    words[messages_out] = count = count + 1
+                    if order:
+                        order()  # ORDER R3 before T4
+                    words[inside] = 0  # T4
+                    if fence:
+                        fence()  # T5, R4
+                    if ring[parked] and (pos >= lane.held or words[lane.parked] != lane.seen):  # R5
+                        self._ring(lane, pos)
+                    if sleepers[asleep] and self._is_left():  # T6
+                        self._bells.ring()
+                    if request is not None:
+                        self._owed, until, held = [message], NOWHERE, True
+                        break
+                    until = NOWHERE
+                    request = yield message
+                    if request is not None:
+                        break
+                else:
                     turns.pop()
                     self._last = lane.number
-                if request is not None:
-                    self._owed, until, held = [message], NOWHERE, True
-                    continue
-                until = NOWHERE
-                request = yield message
         except (GeneratorExit, RingBusy):
             raise
         except BaseException:

@@ -19,7 +19,7 @@ from support import kill_yourself
 
 from shmring import BufferTooSmall, Ring, RingBusy, RingClosed, RingTimeout, _layout
 from shmring import _ring as ring_module
-from shmring._words import GiveBack, Parking
+from shmring._words import Parking
 
 HOUR = 3600.0
 needs_selectors = pytest.mark.skipif(WINDOWS, reason="selectors wait for nothing but sockets here")
@@ -92,18 +92,6 @@ def drain(ring):
     return list(iter(ring.try_read, None))
 
 
-@contextlib.contextmanager
-def somebodys_turn(ring):
-    """It is, of a handle that takes and does not come to the end."""
-    with Ring.open(ring.name) as other:
-        other.join()
-        assert other._reader._take()
-        try:
-            yield
-        finally:
-            other._reader._give()
-
-
 # ---------------------------------------------------------------- each message to one
 
 
@@ -121,32 +109,32 @@ def test_try_read_finds_what_was_written_to_a_lane_that_it_has_just_served(ring,
     assert one.try_read() is two.try_read() is None
 
 
-def test_copies_made_ahead_keep_their_length_when_the_next_ones_are_of_another(ring, opened):
-    """A reader looks twice at the same padding, and the second time that is being written over."""
+@pytest.mark.parametrize("sizes", [(100,), (100, 20, 3, 700)], ids=["equal", "mixed"])
+def test_what_was_copied_ahead_counts_only_while_it_is_there(ring, opened, sizes):
+    """Between the copy and the turn another one takes it all, and the writer writes over it, with other sizes."""
     one, two = opened(), opened()
-    ring.write_many([bytes(1000)] * 7)
-    ring.write(bytes(600))
-    one.read()
-    assert len(two.read_many()) == 7
-    messages = [b"%d" % number * 1000 for number in range(7)]  # the first does not fit behind
-    ring.write_many(messages)
-    with somebodys_turn(two):
-        assert one.try_read() is None  # it has copied them by now
-    with pytest.raises(BufferTooSmall):
-        one.read(max_len=1)  # it looks anew
-    one._enter_reader(GiveBack([]))
-    record, ring_ = one._reader._record, ring
+    ring.write(b"first")
+    assert one.read() == b"first"  # and it is its turn
+    old = [bytes([number]) * sizes[number % len(sizes)] for number in range(20)]
+    ring.write_many(old)
+    reader, new = one._reader, []
 
-    def look(lane, pos):
-        one._reader._record = record
-        assert two.read() == messages[0]
-        ring_.write(bytes(600))
-        ring_.write(b"short")  # where the padding was
-        return record(lane, pos)
+    def copy_and_be_late(lane):
+        del reader._copy_ahead
+        copied = reader._copy_ahead(lane)
+        assert len(copied[1]) > 1
+        assert two.read_many() == old
+        for number in itertools.count():
+            new.append(bytes([number % 251]) * (number % 90))
+            if not ring.try_write(new[-1]):
+                new.pop()
+                return copied
 
-    one._reader._record = look
-    assert drain(one) == [*messages[1:], bytes(600), b"short"]
-    assert one._reader._record is record
+    reader._copy_ahead = copy_and_be_late
+    assert one.read() == new[0]
+    assert drain(one) == new[1:]
+    assert len(new) > 100
+    assert drain(two) == []
 
 
 # ---------------------------------------------------------------- signal handlers that use another handle

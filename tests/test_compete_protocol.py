@@ -156,8 +156,8 @@ TAKEN = """
     R1<R2   order
             if pos == end: nothing
     R2      copy = [record0 + pos % {capacity}]
-    copied:
     R2<R3   order
+    copied:
             check copy == pos + 1 and taken0 == pos
             pos = pos + 1
     R3      [read_pos0] = pos

@@ -1093,8 +1093,9 @@ METHODS = {
     "CompetingReader._take_over": "X1 X2 turn_before<turn X2 X3 X4 X4<R1 X4 X5 X6",
     "CompetingReader._give": "R3<T4 T4 T5 T6",
     "CompetingReader._end_turn": "R3<T4 T4 X5",
-    "CompetingReader._copy_ahead": "R1<R2 R2 R2<read_pos",
-    "CompetingReader._steps": "T1 T2 T3 T3<R1 R1 R1<R2 R2 R2<R3 R3 R3<T4 T4 T5 R5 T6",
+    "CompetingReader._copy_ahead": "R1 R1<R2 R2 R2 R2 R2<read_pos",
+    "CompetingReader._look_inside": "R1 R1<R2",
+    "CompetingReader._steps": "T1 T2 T3 T3<R1 R3 R3<T4 T4 T5 R5 T6",
 }
 # The ways through them, along their calls, are the ways through the programs.
 WAYS = [
