@@ -1600,6 +1600,8 @@ class Reader:
         batch = self._take_owed(request, most) if self._owed else []
         taken = []
         for lane in reversed(self._look()):
+            if len(batch) >= most:
+                break
             pos, count = lane.pos, lane.count
             messages: list[bytes] = []
             size = 0

@@ -329,6 +329,20 @@ def test_read_many_takes_what_is_there_up_to_its_limit(ring, most):
         ring.read_many(most, timeout=0)
 
 
+@pytest.mark.parametrize("readers", ["one", "compete", "broadcast"])
+def test_small_batches_leave_no_lane_behind_one_that_is_always_full(name, readers):
+    with Ring.create(name, 4096, writers=3, readers=readers) as ring, Ring.open(name) as busy, Ring.open(name) as quiet:
+        ring.join()
+        for writer, message in ((ring, b"first"), (busy, b"busy"), (quiet, b"quiet")):
+            writer.write(message)
+        got = []
+        for _ in range(9):
+            while busy.try_write(b"busy"):
+                pass
+            got += ring.read_many(3)
+        assert b"quiet" in got and b"first" in got
+
+
 @pytest.mark.parametrize("bad", [0, -1, 1.5, "2"])
 def test_read_many_of_less_than_one_is_an_error(ring, bad):
     with pytest.raises(ValueError, match="max_messages"):
