@@ -1796,7 +1796,7 @@ class Reader:
                     words[messages_out] = count = count + 1
                     if fence:
                         fence()  # R4
-                    if ring[parked]:  # R5
+                    if ring[parked] and (pos >= lane.held or words[lane.parked] != lane.seen):  # R5
                         self._ring(lane, pos)
                     given = pos
                     message = yield message

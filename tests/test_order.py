@@ -289,7 +289,7 @@ def test_the_reader_rings_once_for_each_epoch_and_only_when_there_is_the_room_th
     writer, reader = Writer(segment), Reader(segment)
     ask(reader, None)
     ask(writer, batch([b"12345678"] * 8))
-    steps = [(1, 1000, 0), (1, 48, 0), (1, 48, 1), (1, 48, 0), (2, 0, 0), (3, 96, 1), (3, 0, 0)]
+    steps = [(1, 1000, 0), (3, 48, 0), (3, 48, 1), (3, 48, 0), (4, 0, 0), (5, 96, 1), (5, 0, 0)]
     for taken, (epoch, wanted, rings) in enumerate(steps, 1):
         segment.poke("writer_parked", epoch)
         segment.poke("writer_wanted", wanted)
