@@ -2107,13 +2107,16 @@ class CompetingReader(Reader):
                         continue
                 pos, copies, step = self._copy_ahead(lane)
                 if not copies:
-                    turns.pop()
                     if not self._take():
+                        turns.pop()
                         request = yield None
                         continue
                     self._look_inside(lane)
-                    self._give()
-                    continue
+                    pos, copies, step = self._copy_ahead(lane)
+                    if not copies:
+                        turns.pop()
+                        self._give()
+                        continue
                 read_pos, messages_out, parked = lane.read_pos, lane.messages_out, lane.parked << 3
                 count = -1
                 for message in copies:
