@@ -474,13 +474,15 @@ class Ring:
         message: Any = None
         spin_until = deadline = None
         tight_until = 0.0
+        reader: Reader | None = None  # once there was no message
+        spins = False
         try:
             # A `for` and not a call of next(): between the two the interpreter (from 3.10 on) runs no
             # signal handler, whose exception would lose the message.
             while buf is None and max_len is None:
                 for message in self._messages:
                     if message is not None:
-                        if spin_until is not None:
+                        if spins:
                             self._read_spin.learn(True)
                         return message  # type: ignore[no-any-return]
                     break
@@ -492,15 +494,24 @@ class Ring:
                     deadline = _deadline(timeout)
                     tight_until = now + TIGHT
                     spin_until = _earlier(now + self._read_spin.seconds(), deadline)
-                if now >= spin_until and not self._reader.was_refused():
+                    spins = True
+                reader = self._reader
+                if now < spin_until or reader.was_refused():
+                    if now > tight_until:
+                        os_backend.yield_processor()
+                    continue
+                if spins:
                     self._read_spin.learn(False)
-                    break
-                if now > tight_until:
-                    os_backend.yield_processor()
+                    spins = False
+                # Then the message is taken as above. By a request, as in `_await`, it would take three times the
+                # bytecodes, and each takes several times as long as usual on a processor that has slept.
+                self._sleep(reader.parking, reader.nothing, 0, deadline, "no message in")
         except BaseException as error:
             if message is not None:
                 self._give_back(message)
             if not isinstance(error, ValueError) or error.args != BUSY:
+                if reader is not None and not isinstance(error, RingClosed):
+                    reader.pass_on()
                 raise
         if buf is None and max_len is None:
             request = ReadOne(self.max_message)
@@ -879,20 +890,28 @@ class Ring:
         reader = self._reader
         try:
             while not attempt():
-                if deadline is not None and time.perf_counter() >= deadline:
-                    if self._announcing and parking is self._reader.parking and not self._arm(self._reader):
-                        continue
-                    raise RingTimeout(f"{what} ring {self.name!r} within the timeout")
-                try:
-                    parking.park(nothing, needs(), self._look_again(parking, deadline))
-                except MonitorClosed:
-                    raise self._is_closed() from None
+                self._sleep(parking, nothing, needs(), deadline, what)
         except RingClosed:
             raise
         except BaseException:
             if parking is reader.parking:
                 reader.pass_on()
             raise
+
+    def _sleep(
+        self, parking: Parking | None, nothing: Callable[[], bool], needs: int, deadline: float | None, what: str
+    ) -> None:
+        """Sleep if there is `nothing` to do, until rung, or for no reason at all. RingTimeout: `deadline` has come."""
+        if parking is None:
+            raise self._is_closed()
+        if deadline is not None and time.perf_counter() >= deadline:
+            if self._announcing and parking is self._reader.parking and not self._arm(self._reader):
+                return
+            raise RingTimeout(f"{what} ring {self.name!r} within the timeout")
+        try:
+            parking.park(nothing, needs, self._look_again(parking, deadline))
+        except MonitorClosed:
+            raise self._is_closed() from None
 
     def _look_again(self, parking: Parking, deadline: float | None) -> float | None:
         """When who parks there is to look again.
@@ -1271,6 +1290,13 @@ class _Remains:
     def was_refused(self) -> bool:
         """Nobody is any more."""
         return False
+
+    def nothing(self) -> bool:
+        """Nobody gets to ask."""
+        return True
+
+    def pass_on(self) -> None:
+        """There is nothing to be passed on."""
 
 
 def _ending(writer: Writer, reader: Reader, segment: Segment) -> Generator[None, str, None]:

@@ -1852,6 +1852,7 @@ class CompetingReader(Reader):
 
     def _can_take(self) -> bool:
         """Is there something, and our turn to be had?"""
+        self._refused = PATIENCE  # who falls asleep has had it: the message that it is rung for is its own to take
         if not self._is_left():
             return False
         if self.monitor.enter(PROBE):
