@@ -1970,8 +1970,8 @@ class CompetingReader(Reader):
             self._take_turns(found)
         return found
 
-    def _copy_ahead(self, lane: _Lane) -> tuple[int, Sequence[bytes], int]:
-        """R2 before T1, so that a turn is short: copy messages that may come to be ours.
+    def _copy_ahead(self, lane: _Lane, most: int) -> tuple[int, Sequence[bytes], int]:
+        """R2 before T1, so that a turn is short: copy up to so many messages that may come to be ours.
 
         What is taken of them is what read_pos then says: as long as it does not go beyond a message's position, nothing
         was written over that record, so it was whole when it was copied. What others take in the meantime may be torn.
@@ -1985,7 +1985,7 @@ class CompetingReader(Reader):
         end = words[lane.write_pos]  # R1
         if self._order:
             self._order()  # ORDER R1 before R2
-        if not lane.backed or not pos < end <= pos + layout.capacity or pos & 7:
+        if not lane.backed or not pos < end <= pos + layout.capacity or (pos | end) & 7:
             return pos, (), 0
         at = lane.first + pos % layout.capacity
         limit = min(at + end - pos, lane.top)
@@ -1995,15 +1995,15 @@ class CompetingReader(Reader):
         messages: Sequence[bytes]
         if after > limit:
             return pos, (), 0
-        if after == limit or size > PACKED:
+        if after == limit or size > PACKED or most == 1:
             messages = (ring[at + RECORD_HEADER : at + RECORD_HEADER + size],)  # R2
         else:
             limit = min(limit, at + JOINED)
-            run = run_of(words, at, size, min(AHEAD, (limit - at) // step))
+            run = run_of(words, at, size, min(most, (limit - at) // step))
             if run > 1:
                 messages = split_run(ring, at, run, size)  # R2
             else:
-                messages, _ = split_mixed(words, ring, at, limit, AHEAD)  # R2
+                messages, _ = split_mixed(words, ring, at, limit, most)  # R2
                 step = 0
         if self._order:
             self._order()  # ORDER R2 before read_pos, by which they are taken
@@ -2106,14 +2106,15 @@ class CompetingReader(Reader):
                     if request is None and self._refused < PATIENCE or not self._take():
                         request = yield None
                         continue
-                pos, copies, step = self._copy_ahead(lane)
+                most = AHEAD if request is None else 1
+                pos, copies, step = self._copy_ahead(lane, most)
                 if not copies:
                     if not self._take():
                         turns.pop()
                         request = yield None
                         continue
                     self._look_inside(lane)
-                    pos, copies, step = self._copy_ahead(lane)
+                    pos, copies, step = self._copy_ahead(lane, most)
                     if not copies:
                         turns.pop()
                         self._give()
@@ -2151,7 +2152,7 @@ class CompetingReader(Reader):
                     request = yield message
                     if request is not None:
                         break
-                else:
+                if count >= 0:  # the others come next, however many were taken
                     turns.pop()
                     self._last = lane.number
         except (GeneratorExit, RingBusy):

@@ -127,7 +127,7 @@ def test_an_interrupt_where_the_marks_are_damaged_stays_an_interrupt(ring, monke
 
     monkeypatch.setattr(ring._reader, "_look", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        ring.read(timeout=0)
+        ring.read_many(timeout=0)
 
 
 # ---------------------------------------------------------------- fuzz

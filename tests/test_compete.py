@@ -119,9 +119,9 @@ def test_what_was_copied_ahead_counts_only_while_it_is_there(ring, opened, sizes
     ring.write_many(old)
     reader, new = one._reader, []
 
-    def copy_and_be_late(lane):
+    def copy_and_be_late(lane, most):
         del reader._copy_ahead
-        copied = reader._copy_ahead(lane)
+        copied = reader._copy_ahead(lane, most)
         assert len(copied[1]) > 1
         assert two.read_many() == old
         for number in itertools.count():

@@ -329,6 +329,35 @@ def test_read_many_takes_what_is_there_up_to_its_limit(ring, most):
         ring.read_many(most, timeout=0)
 
 
+def take_in_place(ring):
+    with ring.borrow() as view:
+        return [bytes(view)]
+
+
+TAKES = {
+    "borrow": take_in_place,
+    "read": lambda ring: [ring.read()],
+    "read at most": lambda ring: [ring.read(max_len=99)],
+    "read and borrow": lambda ring: [ring.read(), *take_in_place(ring)],
+}
+
+
+@pytest.mark.parametrize("take", TAKES.values(), ids=TAKES)
+@pytest.mark.parametrize("readers", ["one", "compete", "broadcast"])
+def test_no_lane_is_left_behind_one_that_is_always_full(name, readers, take):
+    with Ring.create(name, 4096, writers=2, readers=readers) as ring, Ring.open(name) as busy:
+        ring.join()
+        busy.write(b"busy")
+        ring.write(b"quiet")
+        got = []
+        for _ in range(600):
+            while busy.try_write(b"busy"):
+                pass
+            ring.try_write(b"quiet")
+            got += take(ring)
+        assert len(got) / 4 < got.count(b"quiet") < len(got) * 3 / 4
+
+
 @pytest.mark.parametrize("readers", ["one", "compete", "broadcast"])
 def test_small_batches_leave_no_lane_behind_one_that_is_always_full(name, readers):
     with Ring.create(name, 4096, writers=3, readers=readers) as ring, Ring.open(name) as busy, Ring.open(name) as quiet:
