@@ -2110,6 +2110,7 @@ class CompetingReader(Reader):
                 pos, copies, step = self._copy_ahead(lane, most)
                 if not copies:
                     if not self._take():
+                        self._give()  # who had taken over was inside already, and another one may wait for that
                         turns.pop()
                         request = yield None
                         continue

@@ -19,7 +19,7 @@ from support import kill_yourself
 
 from shmring import BufferTooSmall, Ring, RingBusy, RingClosed, RingTimeout, _layout
 from shmring import _ring as ring_module
-from shmring._words import Parking
+from shmring._words import HAS, PATIENCE, Parking
 
 HOUR = 3600.0
 needs_selectors = pytest.mark.skipif(WINDOWS, reason="selectors wait for nothing but sockets here")
@@ -135,6 +135,31 @@ def test_what_was_copied_ahead_counts_only_while_it_is_there(ring, opened, sizes
     assert drain(one) == new[1:]
     assert len(new) > 100
     assert drain(two) == []
+
+
+def test_who_took_over_and_loses_the_turn_before_it_takes_is_not_inside_any_more(ring, opened):
+    """Else it sleeps inside, and all others wait for it."""
+    one, two = opened(), opened()
+    ring.write(b"x")
+    reader, words = one._reader, one._segment.words
+
+    def lose_the_turn(lane, most):
+        """Another one has it half, and is not done with that."""
+        del reader._copy_ahead
+        assert words[reader._turn] == reader._ours and words[reader._inside] == 1
+        assert two._segment.claim(_layout.TURN_CLAIM)
+        words[reader._before], words[reader._turn] = reader._ours, two._reader._ours & ~HAS
+        return 0, (), 0
+
+    assert one.try_read() == b"x"
+    assert two._reader._take()
+    two._reader._give()
+    ring.write(b"y")
+    reader._copy_ahead, reader._refused = lose_the_turn, PATIENCE
+    assert next(one._messages) is None
+    assert words[reader._inside] == 0
+    two._segment.release(_layout.TURN_CLAIM)
+    assert two.read(timeout=DEADLINE) == b"y"
 
 
 # ---------------------------------------------------------------- signal handlers that use another handle
