@@ -191,6 +191,11 @@ def make_fence(tso: bool) -> Callable[[], None]:
     return once if tso or sys.version_info >= (3, 13, 1) else twice
 
 
+def can_be(read_pos: int, write_pos: int, capacity: int) -> bool:
+    """Can a lane have been read and written so far? Else its words are damaged, or were not loaded at one time."""
+    return read_pos <= write_pos <= read_pos + capacity and not (read_pos | write_pos) & 7 and write_pos < POSITIONS
+
+
 # ---------------------------------------------------------------- requests to the two monitors
 
 
@@ -756,7 +761,7 @@ class Writer:
                 continue
             # Only now do they stand still enough to be judged. read_pos first: it may still grow.
             read_pos, write_pos = self._positions(lane)
-            if write_pos >= POSITIONS or not 0 <= write_pos - read_pos <= layout.capacity or (read_pos | write_pos) & 7:
+            if not can_be(read_pos, write_pos, layout.capacity):
                 damaged += 1
             else:
                 try:
@@ -876,7 +881,7 @@ class Writer:
         read_pos = self.read_pos  # W1, STALE OK: too small only makes us wait once more
         if self._order:
             self._order()  # ORDER W1 before W2, else we write over what is still being copied
-        if not 0 <= pos - read_pos <= capacity or (read_pos | pos) & 7 or pos >= POSITIONS:
+        if not can_be(read_pos, pos, capacity):
             raise RingCorrupted(
                 f"ring {segment.name!r}: lane {self._lane} was written to {pos:,} and read to {read_pos:,}, "
                 f"which a capacity of {capacity:,} does not allow"
@@ -1444,7 +1449,7 @@ class Reader:
     def _check(self, lane: _Lane, pos: int) -> None:
         """Raise RingCorrupted if the lane cannot have been published so far."""
         capacity = self._segment.layout.capacity
-        if not pos <= lane.end <= pos + capacity or (pos | lane.end) & 7 or lane.end >= POSITIONS:
+        if not can_be(pos, lane.end, capacity):
             what = f"its write_pos is {lane.end:,}, which a capacity of {capacity:,} does not allow"
             raise self._damaged(lane, pos, what)
         if not lane.backed:
@@ -1985,7 +1990,7 @@ class CompetingReader(Reader):
         end = words[lane.write_pos]  # R1
         if self._order:
             self._order()  # ORDER R1 before R2
-        if not lane.backed or not pos < end <= pos + layout.capacity or (pos | end) & 7:
+        if not lane.backed or pos == end or not can_be(pos, end, layout.capacity):
             return pos, (), 0
         at = lane.first + pos % layout.capacity
         limit = min(at + end - pos, lane.top)
