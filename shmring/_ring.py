@@ -472,17 +472,16 @@ class Ring:
         others is affected. The next process that reads takes up after the last one taken.
         """
         message: Any = None
-        spin_until = deadline = None
-        tight_until = 0.0
+        deadline: float | None = None
+        tight_until = spin_until = 0.0  # `spin_until`: 0.0 before and after
         reader: Reader | None = None  # once there was no message
-        spins = False
         try:
             # A `for` and not a call of next(): between the two the interpreter (from 3.10 on) runs no
             # signal handler, whose exception would lose the message.
             while buf is None and max_len is None:
                 for message in self._messages:
                     if message is not None:
-                        if spins:
+                        if spin_until:
                             self._read_spin.learn(True)
                         return message  # type: ignore[no-any-return]
                     break
@@ -490,19 +489,18 @@ class Ring:
                     break  # an exception ended these steps, or `close`
                 # Spin here, a few times faster than in _await: it is what a message waits for.
                 now = time.perf_counter()
-                if spin_until is None:
+                if reader is None:
                     deadline = _deadline(timeout)
                     tight_until = now + TIGHT
                     spin_until = _earlier(now + self._read_spin.seconds(), deadline)
-                    spins = True
                 reader = self._reader
                 if now < spin_until or reader.was_refused():
                     if now > tight_until:
                         os_backend.yield_processor()
                     continue
-                if spins:
+                if spin_until:
                     self._read_spin.learn(False)
-                    spins = False
+                    spin_until = 0.0
                 # Then the message is taken as above. By a request, as in `_await`, it would take three times the
                 # bytecodes, and each takes several times as long as usual on a processor that has slept.
                 self._sleep(reader.parking, reader.nothing, 0, deadline, "no message in")
@@ -517,10 +515,10 @@ class Ring:
             request = ReadOne(self.max_message)
         else:
             request = _read_into(buf, max_len)
-        if spin_until is None:
+        if reader is None:
             deadline = _deadline(timeout)
         try:
-            answer: bytes | int = self._await(request, deadline, spun=spin_until is not None)
+            answer: bytes | int = self._await(request, deadline, spun=reader is not None)
         except BaseException:
             self._reader.give_back(request)
             raise
@@ -848,8 +846,6 @@ class Ring:
 
         if answer is None:
             reader = self._reader
-            if reader.parking is None:
-                raise self._is_closed()
             if not spun:
                 self._spin_on(attempt, self._read_spin, deadline)
             self._wait(attempt, reader.parking, reader.nothing, lambda: 0, deadline, "no message in")
@@ -880,7 +876,7 @@ class Ring:
     def _wait(
         self,
         attempt: Callable[[], bool],
-        parking: Parking,
+        parking: Parking | None,
         nothing: Callable[[], bool],
         needs: Callable[[], int],
         deadline: float | None,
