@@ -1882,10 +1882,12 @@ class CompetingReader(Reader):
 
     def _is_left(self) -> bool:
         """Is there a message in a lane, or a lane that is not known yet? Whosever turn it is."""
+        return self._another_used() or any(map(self._holds, self._lanes))
+
+    def _holds(self, lane: _Lane) -> bool:
+        """Is there a message in this lane, as far as can be told from outside of a turn?"""
         words = self._segment.words
-        return self._another_used() or any(
-            words[lane.read_pos] != words[lane.write_pos] and not lane.damage for lane in self._lanes
-        )
+        return words[lane.read_pos] != words[lane.write_pos] and not lane.damage
 
     def pass_on(self) -> None:
         """T6, for who leaves a wait without a message, and may have been rung for one."""
@@ -1967,10 +1969,10 @@ class CompetingReader(Reader):
 
     def _candidates(self) -> list[_Lane]:
         """The lanes that seem to have something, the first to be served at the end."""
-        words, lanes = self._segment.words, self._lanes
+        lanes = self._lanes
         while self._another_used():
             lanes.append(_Lane(self._segment.layout, len(lanes)))
-        found = [lane for lane in lanes if words[lane.read_pos] != words[lane.write_pos] and not lane.damage]
+        found = list(filter(self._holds, lanes))
         if len(found) > 1:
             self._take_turns(found)
         return found
@@ -2097,15 +2099,15 @@ class CompetingReader(Reader):
                 if not turns:
                     turns = self._candidates()
                     if not turns:
-                        self._refused = 0
+                        self._refused = 0  # there is nothing left that we could be refused
                         request = yield None
                         continue
                 lane = turns[-1]
                 if words[turn] != ours:  # a first look, which T3 repeats
-                    pos = words[lane.read_pos]
-                    if pos == words[lane.write_pos]:
-                        turns.pop()
+                    if not self._holds(lane):
+                        turns.pop()  # others were faster
                         continue
+                    pos = words[lane.read_pos]
                     self._refused += 1 if pos != seen else IDLE
                     seen = pos
                     if request is None and self._refused < PATIENCE or not self._take():
