@@ -53,6 +53,12 @@ def descriptors():
     return {number: target for number, target in found.items() if not target.startswith("/proc/")}
 
 
+def in_place(ring):
+    """The next message, read in place."""
+    with ring.borrow() as view:
+        return bytes(view)
+
+
 def kill_yourself():
     """End this process at once, as SIGKILL does; nothing more runs in it."""
     os.kill(os.getpid(), SIGKILL)

@@ -12,7 +12,7 @@ import zlib
 
 import pytest
 from conftest import DEADLINE, KILLED, WINDOWS, Line, Words, wait_until
-from support import kill_yourself
+from support import in_place, kill_yourself
 
 from shmring import MessagesLost, MessageTooLarge, Ring, RingBusy, RingClosed, RingTimeout
 
@@ -49,11 +49,6 @@ def reader(name):
 def into_buffer(ring):
     buffer = bytearray(4096)
     return bytes(buffer[: ring.read(buffer)])
-
-
-def in_place(ring):
-    with ring.borrow() as view:
-        return bytes(view)
 
 
 WAYS = {

@@ -15,7 +15,7 @@ import time
 
 import pytest
 from conftest import DEADLINE, KILLED, WINDOWS, Line, Words, wait_until
-from support import kill_yourself
+from support import in_place, kill_yourself
 
 from shmring import BufferTooSmall, Ring, RingBusy, RingClosed, RingTimeout, _layout
 from shmring import _ring as ring_module
@@ -447,11 +447,6 @@ def into_buffer(ring):
     return [bytes(buffer[:size])]
 
 
-def in_place(ring):
-    with ring.borrow() as view:
-        return [bytes(view)]
-
-
 def after_doorbell(ring):
     assert ring.wait_doorbell(DEADLINE)
     return [ring.try_read()]
@@ -464,7 +459,7 @@ WAYS = {
     "iterated": lambda ring: [next(iter(ring))],
     "max_len": lambda ring: [ring.read(max_len=1 << 16)],
     "into a buffer": into_buffer,
-    "in place": in_place,
+    "in place": lambda ring: [in_place(ring)],
     "after its doorbell": after_doorbell,
     "awaited": lambda ring: [asyncio.run(ring.read_async())],
     "awaited, many": lambda ring: asyncio.run(ring.read_many_async(1)),

@@ -13,6 +13,7 @@ import time
 
 import pytest
 from conftest import DEADLINE, wait_until
+from support import in_place
 
 import shmring
 from shmring import (
@@ -329,16 +330,11 @@ def test_read_many_takes_what_is_there_up_to_its_limit(ring, most):
         ring.read_many(most, timeout=0)
 
 
-def take_in_place(ring):
-    with ring.borrow() as view:
-        return [bytes(view)]
-
-
 TAKES = {
-    "borrow": take_in_place,
+    "borrow": lambda ring: [in_place(ring)],
     "read": lambda ring: [ring.read()],
     "read at most": lambda ring: [ring.read(max_len=99)],
-    "read and borrow": lambda ring: [ring.read(), *take_in_place(ring)],
+    "read and borrow": lambda ring: [ring.read(), in_place(ring)],
 }
 
 
