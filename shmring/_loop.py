@@ -111,9 +111,11 @@ class Watch:
             else:
                 with suppress(RuntimeError):  # it is closed
                     loop.call_soon_threadsafe(_set, future)
-            if entry in self._waiting:  # told first: an exception in between tells it again
-                with suppress(ValueError):
-                    self._waiting.remove(entry)
+            # Told first: an exception in between tells it again. No `suppress`: the message has come already.
+            try:
+                self._waiting.remove(entry)
+            except ValueError:
+                pass  # by another thread
 
     def _heard(self) -> None:
         if not self.closed:

@@ -90,13 +90,15 @@ class Doorbell:
         Raises:
             OSError: EBADF: it is closed, or was closed behind our back.
         """
-        if not self.is_open():
-            raise OSError(errno.EBADF, "this doorbell was closed, maybe behind its back", self._path)
-        return self._noted[0]
-
-    def is_open(self) -> bool:
-        """Has nobody closed it?"""
-        return bool(self._noted) and is_of(self._noted[0], self._identity)
+        # Written out, as who was rung waits for it.
+        try:
+            fd = self._noted[0]
+            status = os.fstat(fd)
+            if (status.st_dev, status.st_ino) == self._identity:
+                return fd
+        except (IndexError, OSError):
+            pass
+        raise OSError(errno.EBADF, "this doorbell was closed, maybe behind its back", self._path)
 
     def ring(self) -> bool:
         """Make it readable; False if somebody closed it."""
@@ -104,7 +106,7 @@ class Doorbell:
             os.write(self.fileno(), b"!")
         except BlockingIOError:
             pass  # it is full: readable
-        except (IndexError, OSError):
+        except OSError:
             return False
         return True
 
@@ -123,8 +125,8 @@ class Doorbell:
     def close(self) -> None:
         """Close it. Its name stays."""
         while self._noted:
-            ours = self._identity is None or self.is_open()  # nobody else can have it before
-            if ours:
+            # Nobody else can have it before its identity is known.
+            if self._identity is None or is_of(self._noted[0], self._identity):
                 any(map(os.close, map(self._noted.pop, [0])))  # in one call in C, as it was noted
             else:
                 self._noted.pop()

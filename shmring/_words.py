@@ -629,20 +629,27 @@ class Parking:
 
 
 class ReaderBells:
-    """The bells of a ring's readers, for one waker. It rings who sleeps, once for each time that it fell asleep."""
+    """The bells of a ring's readers, for one waker. It rings who sleeps, once for each time that it fell asleep.
 
-    def __init__(self, segment: Segment, reader: Reader | None = None) -> None:
-        """`reader` is the waker if it is one: it is awake, whatever it has announced for its doorbell."""
+    Attributes:
+        ours: The index of the waker's own epoch, if it is a reader: it is awake, whatever it says for its doorbell.
+    """
+
+    def __init__(self, segment: Segment) -> None:
+        layout = segment.layout
         self._segment = segment
-        self._reader = reader
         self._order = segment.order_fence()
-        self._rung = [0] * segment.layout.slots  # the epoch of each that was last rung
-        self._next = 0  # where competing readers are looked for first: each has its turn
+        # For each reader: the index of its epoch, its bell, the epoch that was last rung. Worked out here, because a
+        # reader that sleeps waits for each bytecode of `ring`. Where they compete, who was not rung longest is first.
+        blocks = map(layout.reader_block, range(layout.slots))
+        self._places = [[(block + _layout.READER_PARKED) >> 3, block + _layout.READER_BELL, 0] for block in blocks]
+        self._one = layout.compete
+        self.ours = -1
 
     @property
     def are_mute(self) -> bool:
         """Was there no descriptor left for a doorbell? Then it is to be rung with what comes next, be it a wait."""
-        return any(rung < 0 for rung in self._rung)
+        return any(rung < 0 for _, _, rung in self._places)
 
     def asleep(self) -> tuple[Any, int]:
         """What tells by one load that no reader sleeps, and where: an epoch's lowest byte, or a byte for each."""
@@ -655,22 +662,18 @@ class ReaderBells:
 
     def ring(self) -> None:
         """W5, when a reader is asleep: all of them, or, where they compete, one."""
-        segment, layout = self._segment, self._segment.layout
-        first = self._next
-        ours = -1 if self._reader is None else self._reader.slot
-        for number in range(first, first + layout.slots):
-            slot = number % layout.slots
-            if slot == ours:
-                continue
-            block = layout.reader_block(slot)
-            epoch = segment.words[(block + _layout.READER_PARKED) >> 3]
-            if epoch & 1 and epoch != self._rung[slot]:
+        segment, places, ours = self._segment, self._places, self.ours
+        for place in places:
+            parked, bell, rung = place
+            epoch = segment.words[parked]
+            if epoch & 1 and epoch != rung and parked != ours:
                 if self._order:
                     self._order()  # ORDER epoch before doorbell, as they were stored
-                rung = segment.ring(block + _layout.READER_BELL)
-                self._rung[slot] = epoch if rung else -1  # after it: an exception in between rings twice, harmlessly
-                if layout.compete and rung:
-                    self._next = slot + 1
+                rung = segment.ring(bell)
+                place[2] = epoch if rung else -1  # after it: an exception in between rings twice, harmlessly
+                if rung and self._one:
+                    after = places.index(place) + 1
+                    self._places = places[after:] + places[:after]
                     return
 
 
@@ -1842,7 +1845,7 @@ class CompetingReader(Reader):
         self._inside = -1
         self._ours = 0  # `turn` when it is ours
         self._refused = 0  # how often, one time after another, and without trying hard
-        self._bells = ReaderBells(segment, self)
+        self._bells = ReaderBells(segment)
         self._asleep, self._asleep_at = self._bells.asleep()
         super().__init__(segment)
 
@@ -1851,6 +1854,7 @@ class CompetingReader(Reader):
         block = layout.reader_block(self.slot)
         self._inside = (block + _layout.INSIDE) >> 3
         words[self._inside] = 0
+        self._bells.ours = (block + _layout.READER_PARKED) >> 3
         self.joined = words[(block + _layout.JOINED) >> 3] % (POSITIONS // _layout.MAX_COMPETING // 2) + 1
         words[(block + _layout.JOINED) >> 3] = self.joined
         self._ours = (self.joined * _layout.MAX_COMPETING + self.slot) << 1 | HAS
