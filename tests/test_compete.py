@@ -306,31 +306,40 @@ def test_who_waits_for_the_doorbell_and_leaves_has_another_woken(ring, opened, u
 
 def test_a_message_wakes_one_and_each_in_turn(ring, opened, unhelped):
     """The writer rings who is next: all of them, by turns, where they sleep again each time."""
-    got = []
+    got, rung, waiting = [], [], []
 
     def read(reader):
         while (message := reader.read(timeout=DEADLINE)) != b"end":
             got.append(message)
 
+    def wait_for_all():
+        # In the wait itself: who announces itself and looks once more may find the message, and ring for it.
+        wait_until(lambda: len(waiting) == 3, "that all of them sleep")
+
     has_written(ring)
     readers = [opened() for _ in range(3)]
-    rung = []
     for each in (ring, *readers):
 
         def ring_bell(bell, actual=each._segment.ring):
             rung.append(bell)
             return actual(bell)
 
-        each._segment.ring = ring_bell
+        def wait(bell, noted, deadline, actual=each._segment.wait):
+            waiting.append(bell)
+            try:
+                actual(bell, noted, deadline)
+            finally:
+                waiting.remove(bell)
+
+        each._segment.ring, each._segment.wait = ring_bell, wait
     threads = [Thread(read, reader) for reader in readers]
-    asleep(ring, 3)
-    rung.clear()
-    for number in range(9):
+    for number in range(12):
+        wait_for_all()
+        if number == 3:
+            rung.clear()  # a bell may be one that was rung before they slept, which ends a first wait at once
         ring.write(b"%d" % number)
         wait_until(lambda due=number + 1: len(got) == due, "that one has read")
-        asleep(ring, 3)
-        assert len(rung) == number + 1
-    # Not who got the messages: a wait may return early, and that one be faster.
+    wait_for_all()
     assert rung == rung[:3] * 3 and len(set(rung)) == 3
     ring.write_many([b"end"] * 3)
     for thread in threads:
