@@ -185,6 +185,7 @@ FLIP = """
         ("clients", "read", "_calls[0] >= 30"),
     ],
 )
+@pytest.mark.once
 def test_a_wrong_message_ends_in_exit_code_1(part, method, when, run, tmp_path):
     command = planted(tmp_path, FLIP.format(method=method, when=when))
     code, _, err = run("--smoke", "--only", part, command=command)
@@ -193,6 +194,7 @@ def test_a_wrong_message_ends_in_exit_code_1(part, method, when, run, tmp_path):
     assert "a wrong message" in err
 
 
+@pytest.mark.once
 def test_a_wrong_byte_in_the_middle_is_found_where_every_byte_is_checked(run, tmp_path):
     command = planted(
         tmp_path,
@@ -211,6 +213,7 @@ def test_a_wrong_byte_in_the_middle_is_found_where_every_byte_is_checked(run, tm
     assert "failed at 64 KiB: every byte, shmring: a wrong message" in err
 
 
+@pytest.mark.once
 def test_a_wrong_batch_is_found(run, tmp_path):
     command = planted(
         tmp_path,
@@ -225,6 +228,7 @@ def test_a_wrong_batch_is_found(run, tmp_path):
 
 
 @pytest.mark.parametrize("times", [0, 2])
+@pytest.mark.once
 def test_a_lost_or_repeated_message_ends_in_exit_code_1(times, run, tmp_path):
     command = planted(
         tmp_path,
@@ -244,6 +248,7 @@ def test_a_lost_or_repeated_message_ends_in_exit_code_1(times, run, tmp_path):
     assert "a wrong message" in err
 
 
+@pytest.mark.once
 def test_a_last_message_that_is_lost_does_not_hang(run, tmp_path):
     command = planted(
         tmp_path,
@@ -264,6 +269,7 @@ def test_a_last_message_that_is_lost_does_not_hang(run, tmp_path):
     assert "no end after 5 seconds; was a message lost?" in err
 
 
+@pytest.mark.once
 def test_a_measured_process_that_dies_ends_in_exit_code_1(run, tmp_path):
     command = planted(
         tmp_path,

@@ -27,10 +27,10 @@ from shmring import _layout, _linux
 EVERY = int(os.environ.get("SHMRING_EVERY") or 12)
 CASES_EVERY = int(os.environ.get("SHMRING_CASES") or 2)
 TODAYS = list(CASES)[int(time.time()) // 86400 % CASES_EVERY :: CASES_EVERY]
-killing = pytest.mark.killing
+once = pytest.mark.once
 
 
-@pytest.mark.parametrize("event", [*(pytest.param(event, marks=killing) for event in ("kill", "stop")), "interrupt"])
+@pytest.mark.parametrize("event", [*(pytest.param(event, marks=once) for event in ("kill", "stop")), "interrupt"])
 @pytest.mark.parametrize("case", TODAYS)
 def test_at_every_bytecode(case, event, children, seed):
     """See the case's docstring in `operations.py`."""
@@ -87,7 +87,7 @@ def test_where_a_bytecode_does_not_count_the_world_is_as_before(case, name):
     assert me.trace.places > 100 and me.trace.changes
 
 
-@killing
+@once
 @pytest.mark.parametrize("case", TODAYS)
 def test_within_bytecodes(case, children, seed):
     """Killed at some instruction of the processor within one that acts; a sample, because stepping there takes long."""

@@ -173,6 +173,7 @@ def rows(out):
     return {line[0]: line[1:] for line in lines}
 
 
+@pytest.mark.once
 def test_each_that_ran_has_a_row_and_a_missing_one_a_line(run):
     out, told = run("Missing", "Broken", "Fake", "Full", "Lossy", only="64B,64B-batched,blocking")
     assert "\nmissing: not installed\n" in out
@@ -202,6 +203,7 @@ def check_results(results):
     assert found["fake", "64B-batched"]["median"] is None
 
 
+@pytest.mark.once
 def test_one_that_hangs_is_killed_and_told_and_the_others_go_on(run, tmp_path):
     out, told = run("Hanging", "Wrong", "Dying", "Fake", only="64B")
     table = rows(out)
