@@ -642,14 +642,14 @@ class ReaderBells:
         # For each reader: the index of its epoch, its bell, the epoch that was last rung. Worked out here, because a
         # reader that sleeps waits for each bytecode of `ring`. Where they compete, who was not rung longest is first.
         blocks = map(layout.reader_block, range(layout.slots))
-        self._places = [[(block + _layout.READER_PARKED) >> 3, block + _layout.READER_BELL, 0] for block in blocks]
+        self._entries = [[(block + _layout.READER_PARKED) >> 3, block + _layout.READER_BELL, 0] for block in blocks]
         self._one = layout.compete
         self.ours = -1
 
     @property
     def are_mute(self) -> bool:
         """Was there no descriptor left for a doorbell? Then it is to be rung with what comes next, be it a wait."""
-        return any(rung < 0 for _, _, rung in self._places)
+        return any(rung < 0 for _, _, rung in self._entries)
 
     def asleep(self) -> tuple[Any, int]:
         """What tells by one load that no reader sleeps, and where: an epoch's lowest byte, or a byte for each."""
@@ -662,18 +662,18 @@ class ReaderBells:
 
     def ring(self) -> None:
         """W5, when a reader is asleep: all of them, or, where they compete, one."""
-        segment, places, ours = self._segment, self._places, self.ours
-        for place in places:
-            parked, bell, rung = place
+        segment, entries, ours = self._segment, self._entries, self.ours
+        for entry in entries:
+            parked, bell, rung = entry
             epoch = segment.words[parked]
             if epoch & 1 and epoch != rung and parked != ours:
                 if self._order:
                     self._order()  # ORDER epoch before doorbell, as they were stored
                 rung = segment.ring(bell)
-                place[2] = epoch if rung else -1  # after it: an exception in between rings twice, harmlessly
+                entry[2] = epoch if rung else -1  # after it: an exception in between rings twice, harmlessly
                 if rung and self._one:
-                    after = places.index(place) + 1
-                    self._places = places[after:] + places[:after]
+                    after = entries.index(entry) + 1
+                    self._entries = entries[after:] + entries[:after]
                     return
 
 
@@ -950,11 +950,6 @@ class Writer:
 
     def _serve(self, request: Any) -> int | None:
         """Requests that are not one message as it comes."""
-        if type(request) is Reserve:  # first: its time is what it is for
-            if not request.ends:
-                return self._reserve(request)
-            self._commit(request)
-            return None
         if type(request) is WriteBatch:
             return self._write_batch(request)
         assert type(request) is Gather
@@ -972,35 +967,6 @@ class Writer:
             at += len(buffer)
         self._publish(pos + record_bytes(request.size), 1)
         return None
-
-    def _reserve(self, request: Reserve) -> int | None:
-        segment, size = self._segment, request.size
-        pos, step = segment.words[self._write_pos], record_bytes(size)
-        if pos + step > self._free or self._reserved is not None:
-            pos, free, wanted = self._room(pos, step)
-            if wanted:
-                return wanted
-            self._free = 0 if segment.layout.drop else free  # less may be published, and then the next part begin there
-        at = self._first + pos % segment.layout.capacity
-        request.pos, request.at = pos, at
-        at += RECORD_HEADER
-        request.view = self._bytes[at : at + size]
-        self._reserved = request
-        return None
-
-    def _commit(self, reserved: Reserve) -> None:
-        """W2 is what the caller did to the view, and the length here."""
-        if self._reserved is not reserved:
-            return
-        if not reserved.released():
-            raise BufferError(_still_used(self._segment.name))
-        size = reserved.commit
-        if size is not None:
-            self._segment.words[reserved.at >> 3] = size  # W2
-            self._publish(reserved.pos + record_bytes(size), 1)
-        self._reserved = None
-        assert self.parking is not None
-        self.parking.wake()  # this handle's other threads, which waited for it
 
     def _write_batch(self, batch: WriteBatch) -> int | None:
         segment, messages = self._segment, batch.messages
@@ -1036,16 +1002,42 @@ class Writer:
         layout, words, ring, order = segment.layout, segment.words, segment.map, self._order
         capacity, max_message = layout.capacity, layout.max_message
         sleepers, asleep = self._asleep, self._asleep_at
+        memory = self._bytes
         data = yield
         try:
             if self.parking is None:
                 self._claim()
+            assert self.parking is not None
             if layout.drop:
                 self._take_up_marks()
             self._make_good()
             fence = self._fence
             write_pos, messages_in, first = self._write_pos, self._messages_in, self._first
             while True:
+                if type(data) is Reserve:
+                    # Written out, because little but this is a message's time that is written in place.
+                    wanted = 0
+                    if not data.ends:
+                        pos, size = words[write_pos], data.size
+                        if pos + RECORD_HEADER + size > self._free or self._reserved is not None:
+                            pos, free, wanted = self._room(pos, record_bytes(size))
+                            # Less may be published, and then the next part begin there.
+                            self._free = 0 if layout.drop else free
+                        if not wanted:
+                            data.pos, data.at = pos, at = pos, first + pos % capacity
+                            data.view = memory[at + RECORD_HEADER : at + RECORD_HEADER + size]
+                            self._reserved = data
+                    elif self._reserved is data:
+                        if not data.released():
+                            raise BufferError(_still_used(segment.name))
+                        if data.commit is not None:
+                            words[data.at >> 3] = data.commit  # W2 is this, and what the caller did to the view
+                            self._publish(data.pos + record_bytes(data.commit), 1)
+                        self._reserved = None
+                        self.parking.wake()  # this handle's other threads, which waited for it
+                    data = None
+                    data = yield wanted or None
+                    continue
                 if isinstance(data, WriteRequest):
                     answer = self._serve(data)
                     data = None
@@ -1469,12 +1461,11 @@ class Reader:
             offset = pos % capacity
             room = min(lane.end - pos, capacity - offset)
             size = self._segment.words[(lane.first + offset) >> 3]
-            if size == PADDING and room == capacity - offset:
-                pos += room
-            elif size <= room - RECORD_HEADER and record_bytes(size) <= room:
+            if RECORD_HEADER + (size + 7 & ~7) <= room:  # as in split_mixed
                 return pos, size
-            else:
+            if size != PADDING or room != capacity - offset:
                 return pos, -1
+            pos += room
         return pos, 0
 
     def _bad_length(self, lane: _Lane, pos: int) -> RingCorrupted:
@@ -1510,9 +1501,12 @@ class Reader:
     def _first(self) -> tuple[_Lane, int, int] | None:
         """The lane whose turn it is and that has a record, with the record's position and size; padding is consumed."""
         lanes = self._lanes
-        # To look no further takes a quarter of a borrow's time.
-        known = len(lanes) == 1 and lanes[0].pos < lanes[0].end and not lanes[0].damage and not self._drops
-        for lane in lanes if known else reversed(self._look()):
+        if len(lanes) == 1 and not self._drops and not lanes[0].damage:
+            # To look no further takes a quarter of a borrow's time.
+            pos, size = self._record(lanes[0], lanes[0].pos)
+            if size >= 0 and pos != lanes[0].end:
+                return lanes[0], pos, size
+        for lane in reversed(self._look()):
             pos, size = self._record(lane, lane.pos)
             if self._drops and self._lapped(lane, lane.pos):
                 return self._first()
@@ -1521,7 +1515,7 @@ class Reader:
             if pos != lane.end:
                 return lane, pos, size
             self._free(lane, pos, lane.count)  # nothing but padding
-        return self._first() if known else None
+        return None
 
     def _read_one(self, request: ReadOne) -> bytes | int | None:
         segment, capacity = self._segment, self._segment.layout.capacity
@@ -1650,17 +1644,18 @@ class Reader:
 
     def _serve(self, request: Any) -> Any:
         """Requests that are not for one message as it comes."""
-        if type(request) is Borrow and request.ends:
+        kind = type(request)
+        if kind is Borrow and request.ends:
             return self._return(request)
-        if self._borrowed is not None and type(request) is not GiveBack and self._is_borrowed():
+        if self._borrowed is not None and kind is not GiveBack and self._is_borrowed():
             return None
-        if type(request) is Borrow:
+        if kind is Borrow:
             return self._borrow(request)
-        if type(request) is ReadBatch:
+        if kind is ReadBatch:
             return self._read_batch(request)
-        if type(request) is ReadOne:
+        if kind is ReadOne:
             return self._read_one(request)
-        assert type(request) is GiveBack
+        assert kind is GiveBack
         self._owed = self._owed + request.messages
         self._make_good()
         return None
@@ -1691,8 +1686,10 @@ class Reader:
                 known.pos, known.count = words[known.read_pos], words[known.messages_out] & WORD >> 1
             while True:
                 if message is not None:
-                    lane.pos, lane.count = pos, count
-                    lane, pos, turns, alone = none, end, [], False
+                    if lane is not none:
+                        lane.pos, lane.count = pos, count
+                        lane, pos, alone = none, end, False
+                    turns = []
                     answer.append(self._serve(message))
                     message = None  # the caller's buffer is not ours to hold meanwhile, nor is the answer
                     message = yield answer.pop()

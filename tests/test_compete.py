@@ -91,8 +91,8 @@ def asleep(ring, count):
 def rings_first(ring, reader):
     """Have the ring's writer ring this reader, of those that sleep."""
     bells, slot = ring._writer._bells, reader._reader.slot
-    places = sorted(bells._places)
-    bells._places = places[slot:] + places[:slot]
+    entries = sorted(bells._entries)
+    bells._entries = entries[slot:] + entries[:slot]
 
 
 def drain(ring):

@@ -1072,10 +1072,9 @@ METHODS = {
     "Writer._give_up": "W2",
     "Writer._announce": "D1 D1<W2 mark_count<mark_pos",
     "Writer._gather": "W2 W2",
-    "Writer._commit": "W2",
     "Writer._write_batch": "W2 W2",
     "Writer._make_good": "C1",
-    "Writer._steps": "W2 W2 W2<W3 W3 W4 W5",
+    "Writer._steps": "W2 W2 W2 W2<W3 W3 W4 W5",
     "Reader._join": "J1 J2 J3",
     "Reader._end_of": "J3",
     "Reader._count": "write_pos<mark_pos",
@@ -1162,11 +1161,11 @@ def accesses(node):
         store = isinstance(getattr(n, "ctx", None), ast.Store)
         if isinstance(n, ast.Subscript) and last_name(n.value) in MEMORY:
             what = access("store" if store else "load", ast.unparse(n))
-        elif isinstance(n, ast.Subscript) and last_name(n.value) == "_rung" and store:
+        elif isinstance(n, ast.Subscript) and last_name(n.value) == "entry" and store:
             what = "rung"
         elif isinstance(n, ast.Call):
             what = CALLS.get(last_name(n.func))
-        elif isinstance(n, ast.Attribute) and store and n.attr in ("rung", "_rung"):
+        elif isinstance(n, ast.Attribute) and store and n.attr == "rung":
             what = "rung"
         elif isinstance(n, ast.Attribute) and n.attr == "read_pos" and last_name(n.value) == "self":
             what = "load read_pos"
@@ -1319,7 +1318,7 @@ DOORBELL_STEPS = {
         "self.doorbell.remove()",
     ],
     "Reader.close": ["self.parking.close()", "self._segment.release(_layout.READER + self.slot)"],
-    "ReaderBells.ring": ["rung = segment.ring(", "self._rung[slot] = epoch if rung else -1"],  # RING
+    "ReaderBells.ring": ["rung = segment.ring(", "entry[2] = epoch if rung else -1"],  # RING
     "Segment.ring": [
         "state = self.words[bell + _layout.DOORBELL >> 3]",
         "if state & _layout.ATTACHED:",
@@ -1364,7 +1363,7 @@ PLANTED = [
     ("Writer._publish", "# W3", "# W4"),
     ("Writer._publish", "# W3", "self._bells.ring()"),
     ("Writer._room", "# W1", "# ORDER W1"),
-    ("ReaderBells.ring", ".ring(", "self._rung[slot] = epoch"),
+    ("ReaderBells.ring", ".ring(", "entry[2] = epoch"),
     ("Reader._look", "# R1", "# ORDER R1"),
     ("Reader._steps", "# R1", "# ORDER R1"),
     ("Reader._steps", "# R2", "# R3"),
