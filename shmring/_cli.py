@@ -23,9 +23,9 @@ from . import _layout
 from ._backend import Look, os_backend
 from ._doctor import FAIL, checks
 from ._errors import MessagesLost, MessageTooLarge, RingError, RingTimeout
+from ._looking import lanes_used, peek, survey
 from ._ring import OPEN_AGAIN, Ring, unlink
 from ._view import account_of_ring, examine, examine_all, list_of_rings, said, with_rates
-from ._words import lanes_used, peek, survey
 
 # Exit codes. argparse ends with 2.
 DONE: Final = 0

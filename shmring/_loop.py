@@ -19,7 +19,8 @@ from functools import partial
 from typing import Any, Final
 
 from ._monitor import MonitorClosed
-from ._words import Doorbell, Parking
+from ._parking import Parking
+from ._words import Doorbell
 
 BURST: Final = 64  # messages that a task gets, or writes, without letting the loop's others run
 BUSY: Final = 4  # messages after which it is a stream: the other side need not ring until there is nothing

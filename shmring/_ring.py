@@ -1,6 +1,6 @@
 """`Ring`: what a caller sees, the waiting, and the life of a handle.
 
-How messages move is in `_words`. A handle has a `Writer` and a `Reader` there, each a monitor that
+How messages move is in `_words`. A handle has a `Writer` and a `Reader`, each a monitor that
 one thread enters at a time and that never waits; so everything that waits is here, outside of them.
 """
 
@@ -22,28 +22,26 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, overload
 
 from . import _layout
 from ._backend import Segment, os_backend
+from ._competing import CompetingReader
 from ._errors import MessageTooLarge, RingClosed, RingError, RingTimeout, naming
+from ._lanes import JOINED, PACKED
+from ._looking import joined_slots, survey
 from ._monitor import BUSY, Monitor, MonitorClosed, no_steps
-from ._words import (
-    JOINED,
-    PACKED,
+from ._parking import Parking
+from ._reading import Reader
+from ._requests import (
     RESERVED,
     Borrow,
-    CompetingReader,
     Gather,
     GiveBack,
-    Parking,
     ReadBatch,
-    Reader,
     ReadOne,
     ReadRequest,
     Reserve,
     WriteBatch,
-    Writer,
     WriteRequest,
-    joined_slots,
-    survey,
 )
+from ._writing import Writer
 
 if TYPE_CHECKING:
     from ._loop import Watch

@@ -11,7 +11,7 @@ from typing import Any, Final
 from . import _layout
 from ._backend import Look, os_backend
 from ._errors import RingError
-from ._words import joined_slots, lanes_used, survey
+from ._looking import joined_slots, lanes_used, survey
 
 MACHINES: Final = {1: "x86-64", 2: "arm64"}
 

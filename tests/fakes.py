@@ -16,7 +16,7 @@ import pytest
 
 from shmring import _layout
 from shmring._layout import Layout
-from shmring._words import WriteBatch
+from shmring._requests import WriteBatch
 
 _alive = weakref.WeakSet()
 

@@ -46,7 +46,7 @@ from pathlib import Path
 
 from support import DEADLINE, ROOT, SIGKILL, WINDOWS, descriptors, wait_until
 
-from shmring import MessagesLost, Ring, RingBusy, RingTimeout, _layout, _ring, _words
+from shmring import MessagesLost, Ring, RingBusy, RingTimeout, _competing, _layout, _ring
 from shmring._backend import os_backend
 
 PACKAGE = str(Path(_layout.__file__).parent) + os.sep
@@ -830,7 +830,7 @@ def main(cases):
     die_with_parent()
     gc.freeze()
     os_backend.SLICE = None
-    _words.PATIENCE = 0  # it is spinning, and how often is a matter of time
+    _competing.PATIENCE = 0  # it is spinning, and how often is a matter of time
     if event in ("stop", "interrupt"):
         _ring.MOURNING = 3600.0
     unraisable, swallowed = [], []

@@ -15,7 +15,7 @@ from harness import main as main  # it is called by who starts it
 from support import WINDOWS, wait_until
 
 from shmring import Ring, RingBusy, RingTimeout, _layout, unlink
-from shmring._words import PROBE
+from shmring._requests import PROBE
 
 # ---------------------------------------------------------------- writing
 

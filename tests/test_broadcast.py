@@ -121,7 +121,7 @@ def test_joining_again_does_nothing_and_reading_joins(ring, reader):
 
 def test_a_reader_counts_as_alive_from_when_it_gets_what_is_written(ring, name, monkeypatch):
     """Who waits for one writes then."""
-    from shmring._words import Reader
+    from shmring._reading import Reader
 
     end_of, seen = Reader._end_of, []
 

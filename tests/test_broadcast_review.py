@@ -9,7 +9,9 @@ from conftest import DARWIN, WINDOWS
 from fakes import FakeSegment, ask, batch, hooks_end  # noqa: F401 - a fixture
 
 from shmring import MessagesLost, Ring, RingCorrupted, _layout
-from shmring._words import ReadBatch, Reader, Writer
+from shmring._reading import Reader
+from shmring._requests import ReadBatch
+from shmring._writing import Writer
 
 LONGEST = 2040  # where writers do not wait, in a lane of 4096 bytes
 

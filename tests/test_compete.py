@@ -19,7 +19,8 @@ from support import in_place, kill_yourself
 
 from shmring import BufferTooSmall, Ring, RingBusy, RingClosed, RingTimeout, _layout
 from shmring import _ring as ring_module
-from shmring._words import HAS, PATIENCE, Parking
+from shmring._competing import HAS, PATIENCE
+from shmring._parking import Parking
 
 HOUR = 3600.0
 needs_selectors = pytest.mark.skipif(WINDOWS, reason="selectors wait for nothing but sockets here")

@@ -978,7 +978,7 @@ def test_a_handle_that_another_thread_closes_before_a_task_sleeps_is_closed(ring
     run(main())
 
 
-WAKING = ["_loop", "_words"]  # the modules
+WAKING = ["_loop", "_parking"]  # the modules
 
 
 def interrupted_at(number, work):

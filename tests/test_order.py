@@ -14,7 +14,10 @@ from fakes import FakeSegment, ask, batch, hooks_end  # noqa: F401 - a fixture
 from shmring import _layout
 from shmring._layout import PADDING, record_bytes
 from shmring._monitor import MonitorClosed
-from shmring._words import ReadBatch, Reader, ReadOne, Writer, make_fence
+from shmring._reading import Reader
+from shmring._requests import ReadBatch, ReadOne
+from shmring._words import make_fence
+from shmring._writing import Writer
 
 SIZES = [0, 1, 8, 64, 1024, 1025, 2000]  # on both sides of PACKED
 

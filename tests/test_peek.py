@@ -10,7 +10,10 @@ from fakes import FakeSegment, ask, batch, hooks_end
 
 from shmring import RingCorrupted, _layout
 from shmring._layout import record_bytes
-from shmring._words import ReadBatch, Reader, Writer, lanes_used, peek, survey
+from shmring._looking import lanes_used, peek, survey
+from shmring._reading import Reader
+from shmring._requests import ReadBatch
+from shmring._writing import Writer
 
 __all__ = ["hooks_end"]
 

@@ -23,7 +23,8 @@ from model import Model, lines
 if WINDOWS:
     pytest.skip("runs no code of the platform; the same source is checked on Linux", allow_module_level=True)
 
-SOURCE = (ROOT / "shmring" / "_words.py").read_text()
+PROTOCOL = ["_parking", "_writing", "_reading", "_competing"]  # the modules that have its steps
+SOURCE = "".join((ROOT / "shmring" / f"{name}.py").read_text() for name in PROTOCOL)
 EVENTS_SOURCE = (ROOT / "shmring" / "_windows.py").read_text()
 DOORBELL_SOURCES = [SOURCE, *((ROOT / "shmring" / name).read_text() for name in ("_posix.py", "_loop.py", "_linux.py"))]
 

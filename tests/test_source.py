@@ -22,9 +22,11 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOU
 # Imports go up this list only; modules of one row do not import each other.
 ORDER = [
     ["_errors", "_monitor", "_posix", "_libsystem", "_ntdll"], ["_layout"], ["_words"],
+    ["_lanes"], ["_requests", "_parking"], ["_reading"], ["_competing", "_writing", "_looking"],
     ["_linux", "_darwin", "_windows"], ["_backend"], ["_loop"], ["_ring"], ["__init__"], ["bench"], ["selftest"],
     ["_view"], ["_doctor"], ["_cli"], ["__main__"],
 ]  # fmt: skip
+PROTOCOL = ["_words", "_lanes", "_requests", "_parking", "_reading", "_competing", "_writing", "_looking"]
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
 
 
@@ -94,10 +96,10 @@ def test_the_packages_own_name_is_in_no_lookup(tree):
 
 
 def test_struct_pack_into_is_for_bytes_that_nobody_looks_at_yet():
-    """It clears its target before it packs: another process reads the zero. Records in `_words` alone."""
+    """It clears its target before it packs: another process reads the zero. Records in `_lanes` alone."""
     found = {name for name, tree in TREES.items() for _, used in names_used(tree) if used.endswith("pack_into")}
-    assert found <= {"_words"}
-    lines = [line for line in SOURCES["_words"].read_text().splitlines() if "pack_into" in line.partition("#")[0]]
+    assert found <= {"_lanes"}
+    lines = [line for line in SOURCES["_lanes"].read_text().splitlines() if "pack_into" in line.partition("#")[0]]
     assert all("Struct(" in line or "``" in line for line in lines), lines
 
 
@@ -107,7 +109,7 @@ def test_ctypes_libraries_are_our_own(tree):
         assert used.rpartition(".")[2] not in ("cdll", "windll", "oledll", "pydll"), where(node)
 
 
-def test_only_words_stores_a_shared_word():
+def test_only_the_protocol_stores_a_shared_word():
     for name, tree in TREES.items():
         for node in ast.walk(tree):
             targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
@@ -117,10 +119,10 @@ def test_only_words_stores_a_shared_word():
                 if isinstance(target, ast.Subscript) and re.search(
                     r"(^|[._])(words|bells)$", ast.unparse(target.value)
                 ):
-                    assert name == "_words", f"{name}: {where(node)}"
+                    assert name in PROTOCOL, f"{name}: {where(node)}"
 
 
-def test_only_words_loads_a_shared_word_but_a_bell():
+def test_only_the_protocol_loads_a_shared_word_but_a_bell():
     for name, tree in TREES.items():
         loading = {
             function.name
@@ -129,7 +131,7 @@ def test_only_words_loads_a_shared_word_but_a_bell():
             for node in ast.walk(function)
             if isinstance(node, ast.Subscript) and re.search(r"(^|[._])(words|bells)$", ast.unparse(node.value))
         }
-        assert name == "_words" or loading <= {"note", "ring"}, (name, loading)
+        assert name in PROTOCOL or loading <= {"note", "ring"}, (name, loading)
 
 
 # ---------------------------------------------------------------- the public face
@@ -211,7 +213,7 @@ def test_each_label_is_in_the_diagram_at_a_line_and_in_a_test():
     here = Path(__file__).parent
     places = {
         "the diagram": [_words.__doc__],
-        "a line of _words.py": commented_lines(SOURCES["_words"]),
+        "a line of the protocol": [text for name in PROTOCOL for text in commented_lines(SOURCES[name])],
         "a test": [text for name in ("test_order.py", "test_words.py") for text in commented_lines(here / name)],
     }
     for place, texts in places.items():
@@ -220,5 +222,6 @@ def test_each_label_is_in_the_diagram_at_a_line_and_in_a_test():
 
 
 def test_no_label_is_used_that_the_diagram_does_not_have():
-    for text in commented_lines(SOURCES["_words"]):
-        assert set(re.findall(r"\b[WRSC]\d\b", text)) <= set(LABELS), text
+    for name in PROTOCOL:
+        for text in commented_lines(SOURCES[name]):
+            assert set(re.findall(r"\b[WRSC]\d\b", text)) <= set(LABELS), text

@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import DEADLINE, wait_until
 
-from shmring import Ring, RingClosed, RingTimeout, _ring, _words
+from shmring import Ring, RingClosed, RingTimeout, _reading, _ring, _writing
 from shmring._backend import os_backend
 
 
@@ -205,7 +205,7 @@ def test_a_handler_that_closes_what_another_thread_closes_is_refused(name, monke
     ring = Ring.create(name, 4096)
     ring.write(b"")
     closing, refused = [], []
-    real = _words.record_bytes
+    real = _writing.record_bytes
 
     def record_bytes(size):  # called inside the writer's monitor, as a signal handler may be
         if size == 77:
@@ -216,24 +216,24 @@ def test_a_handler_that_closes_what_another_thread_closes_is_refused(name, monke
             refused.append(True)
         return real(size)
 
-    monkeypatch.setattr(_words, "record_bytes", record_bytes)
+    monkeypatch.setattr(_writing, "record_bytes", record_bytes)
     ring.write(bytes(77))
     assert closing[0].result() is None and refused == [True] and ring.closed
 
 
 def test_a_message_that_another_thread_reads_before_an_interrupted_call_gives_it_back_comes_once(ring, monkeypatch):
-    got, real_free, real_give_back = [], _words.Reader._free, _words.Reader.give_back
+    got, real_free, real_give_back = [], _reading.Reader._free, _reading.Reader.give_back
 
     def free(self, *args):
-        monkeypatch.setattr(_words.Reader, "_free", real_free)
+        monkeypatch.setattr(_reading.Reader, "_free", real_free)
         raise KeyboardInterrupt  # it is noted as taken, but not yet out of the ring
 
     def give_back(self, request):
         got.append(Thread(ring.read, timeout=DEADLINE).result())
         real_give_back(self, request)
 
-    monkeypatch.setattr(_words.Reader, "_free", free)
-    monkeypatch.setattr(_words.Reader, "give_back", give_back)
+    monkeypatch.setattr(_reading.Reader, "_free", free)
+    monkeypatch.setattr(_reading.Reader, "give_back", give_back)
     ring.write(b"once")
     with pytest.raises(KeyboardInterrupt):
         ring.read(max_len=100)
@@ -261,14 +261,14 @@ def test_stats_of_a_reader_that_is_closed_in_the_midst_of_them_say_how_it_is_or_
     ring = Ring.create(name, 4096)
     ring.write(b"")
     ring.read()
-    claimed = _words.Reader.claimed
+    claimed = _reading.Reader.claimed
 
     def close_after(reader):
         answer = claimed.fget(reader)
         ring.close()  # as another thread would
         return answer
 
-    monkeypatch.setattr(_words.Reader, "claimed", property(close_after))
+    monkeypatch.setattr(_reading.Reader, "claimed", property(close_after))
     with pytest.raises(RingClosed):
         ring.stats()
 

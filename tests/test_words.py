@@ -12,9 +12,12 @@ from conftest import DEADLINE
 from fakes import FakeSegment, ask, batch, hooks_end  # noqa: F401 - a fixture
 
 from shmring import BufferTooSmall, MessageTooLarge, RingBusy, RingCorrupted, _layout
+from shmring._lanes import BURST
 from shmring._layout import PADDING
 from shmring._monitor import Monitor, MonitorClosed
-from shmring._words import BURST, GiveBack, ReadBatch, Reader, ReadOne, Writer
+from shmring._reading import Reader
+from shmring._requests import GiveBack, ReadBatch, ReadOne
+from shmring._writing import Writer
 
 
 def drain(reader):
