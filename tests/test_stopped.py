@@ -324,8 +324,10 @@ def using(ring, ready, told):
 
 
 def forking(ring, ready, told):
-    """Have a grandchild, and go."""
+    """Have a grandchild, and go; one that stayed for a moment would keep the ring's name for ever, at an `os._exit`."""
+    parent = os.getpid()
     if os.fork() == 0:
+        wait_until(lambda: os.getppid() != parent, "the end of the child in between")
         sleeping(ring, ready, told)
 
 
