@@ -199,14 +199,9 @@ class ReaderBells:
     """
 
     def __init__(self, segment: Segment) -> None:
-        layout = segment.layout
         self._segment = segment
         self._order = segment.order_fence()
-        # For each reader: the index of its epoch, its bell, the epoch that was last rung. Worked out here, because a
-        # reader that sleeps waits for each bytecode of `ring`. Where they compete, who was not rung longest is first.
-        blocks = map(layout.reader_block, range(layout.slots))
-        self._entries = [[(block + _layout.READER_PARKED) >> 3, block + _layout.READER_BELL, 0] for block in blocks]
-        self._one = layout.compete
+        self._entries: list[list[int]] = []  # of each reader, once one is rung
         self.ours = -1
 
     @property
@@ -223,9 +218,20 @@ class ReaderBells:
             return self._segment.words, layout.asleep_offset >> 3
         return _Any(self._segment.map, layout.asleep_offset, layout.asleep_offset + layout.slots), 0
 
+    def _all(self) -> list[list[int]]:
+        """Of each reader: the index of its epoch, its bell, the epoch that was last rung.
+
+        Worked out once, as a reader that sleeps waits for each bytecode of `ring`; not before one does, because with a
+        thousand of them it takes half of what it takes to open a ring. Where they compete, who was rung last is last.
+        """
+        blocks = map(self._segment.layout.reader_block, range(self._segment.layout.slots))
+        return [[(block + _layout.READER_PARKED) >> 3, block + _layout.READER_BELL, 0] for block in blocks]
+
     def ring(self) -> None:
         """W5, when a reader is asleep: all of them, or, where they compete, one."""
         segment, entries, ours = self._segment, self._entries, self.ours
+        if not entries:
+            entries = self._entries = self._all()
         for entry in entries:
             parked, bell, rung = entry
             epoch = segment.words[parked]
@@ -234,7 +240,7 @@ class ReaderBells:
                     self._order()  # ORDER epoch before doorbell, as they were stored
                 rung = segment.ring(bell)
                 entry[2] = epoch if rung else -1  # after it: an exception in between rings twice, harmlessly
-                if rung and self._one:
+                if rung and segment.layout.compete:
                     after = entries.index(entry) + 1
                     self._entries = entries[after:] + entries[:after]
                     return

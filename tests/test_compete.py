@@ -92,7 +92,7 @@ def asleep(ring, count):
 def rings_first(ring, reader):
     """Have the ring's writer ring this reader, of those that sleep."""
     bells, slot = ring._writer._bells, reader._reader.slot
-    entries = sorted(bells._entries)
+    entries = sorted(bells._entries or bells._all())
     bells._entries = entries[slot:] + entries[:slot]
 
 
