@@ -90,14 +90,9 @@ class Doorbell:
         Raises:
             OSError: EBADF: it is closed, or was closed behind our back.
         """
-        # Written out, as who was rung waits for it.
-        try:
-            fd = self._noted[0]
-            status = os.fstat(fd)
-            if (status.st_dev, status.st_ino) == self._identity:
+        for fd in self._noted:  # one, or none
+            if is_of(fd, self._identity):
                 return fd
-        except (IndexError, OSError):
-            pass
         raise OSError(errno.EBADF, "this doorbell was closed, maybe behind its back", self._path)
 
     def ring(self) -> bool:

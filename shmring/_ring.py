@@ -384,7 +384,7 @@ class Ring:
 
         If this process dies inside the block, nothing of the message is in the ring.
         """
-        if not isinstance(nbytes, int) or nbytes is True or nbytes is False:
+        if not isinstance(nbytes, int) or isinstance(nbytes, bool):
             raise TypeError(f"nbytes is a number of bytes, not {type(nbytes).__name__}")
         if nbytes < 0:
             raise ValueError(f"nbytes is a number of bytes, not {nbytes}")
@@ -1153,6 +1153,17 @@ class _InPlace:
     def __init__(self, ring: Ring, side: Writer | Reader, request: Reserve | Borrow, timeout: float | None) -> None:
         self._ring, self._side, self._request, self._timeout = ring, side, request, timeout
 
+    def _end(self, enter: Callable[[Any], Any]) -> None:
+        """Have its end done."""
+        request = self._request
+        request.ends = True
+        try:
+            enter(request)
+        except BaseException:
+            self._leave()
+            raise
+        request.left = True
+
     def _leave(self) -> None:
         """Have whoever comes next do what there is left to do: nobody waits for us any longer."""
         self._request.left = True
@@ -1198,17 +1209,11 @@ class Reservation(_InPlace):
         self._commit(nbytes)
 
     def _commit(self, nbytes: int | None) -> None:
-        ring, request = self._ring, self._request
-        if ring._writer is not self._side:  # closed meanwhile, or in a forked child
-            request.left = True
-            raise ring._is_closed()
-        request.commit, request.ends = nbytes, True
-        try:
-            ring._enter_writer(request)
-        except BaseException:
-            self._leave()
-            raise
-        request.left = True
+        if self._ring._writer is not self._side:  # closed meanwhile, or in a forked child
+            self._request.left = True
+            raise self._ring._is_closed()
+        self._request.commit = nbytes
+        self._end(self._ring._enter_writer)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -1244,18 +1249,14 @@ class Borrowed(_InPlace):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        ring, request = self._ring, self._request
-        if ring._reader is not self._side:  # closed meanwhile, or in a forked child
-            request.left = True
+        if self._ring._reader is not self._side:  # closed meanwhile, or in a forked child
+            self._request.left = True
             return
-        request.ends = True
         try:
-            ring._enter_reader(request)
-        except BaseException as failure:
-            self._leave()
-            if kind is None or not isinstance(failure, BufferError):  # else the exception says more
+            self._end(self._ring._enter_reader)
+        except BufferError:
+            if kind is None:  # else the exception says more
                 raise
-        request.left = True
 
 
 def _close_when_gone(segment: Segment, views: list[weakref.ref[memoryview]]) -> None:

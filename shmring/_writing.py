@@ -360,7 +360,8 @@ class Writer:
                             # Less may be published, and then the next part begin there.
                             self._free = 0 if layout.drop else free
                         if not wanted:
-                            data.pos, data.at = pos, at = pos, first + pos % capacity
+                            at = first + pos % capacity
+                            data.pos, data.at = pos, at
                             data.view = memory[at + RECORD_HEADER : at + RECORD_HEADER + size]
                             self._reserved = data
                     elif self._reserved is data:
