@@ -201,6 +201,7 @@ class Ring:
             replace: Take the place of a kept ring of this name that nobody has open.
             spin: Seconds to look again and again before going to sleep in a wait, at most (less while it
                 does not pay), for this handle; None is 100 microseconds, or nothing where there is one processor.
+                A task that waits to read does so too, and lets the loop's others run between two looks.
 
         Raises:
             FileExistsError: There is a living or kept ring of this name, or something that is no ring.
@@ -708,7 +709,8 @@ class Ring:
     async def read_async(self, *, timeout: float | None = None) -> bytes:
         """`read` for tasks of asyncio: others run while it waits, with no helper thread.
 
-        A task that is cancelled has taken nothing. Any loop that has ``add_reader``; on Windows the ProactorEventLoop.
+        For a short time (`spin`) it looks again each time the loop comes round, then it sleeps. A task that is
+        cancelled has taken nothing. Any loop that has ``add_reader``; on Windows the ProactorEventLoop.
 
         Raises:
             RingTimeout: No message came in time. And what else `read` raises.
@@ -737,15 +739,27 @@ class Ring:
         watch = self._watches.get(reader)
         if watch is None:
             watch = self._watch(reader, self._parking_of_reader(), lambda needs: reader.nothing())
+        spin_until: float | None = None  # 0.0 once that was in vain
         try:
             if watch.is_time_to_pause():
                 await _let_others_run()
             while True:
                 answer = take()
                 if answer is not None:
+                    if spin_until:
+                        self._read_spin.learn(True)
                     return answer
-                if deadline is not None and time.perf_counter() >= deadline:
+                now = time.perf_counter()
+                if deadline is not None and now >= deadline:
                     raise RingTimeout(f"no message in ring {self.name!r} within the timeout")
+                if spin_until is None:
+                    spin_until = 0.0 if self._segment.layout.compete else now + self._read_spin.seconds()
+                if now < spin_until:
+                    await _let_others_run()
+                    continue
+                if spin_until:
+                    self._read_spin.learn(False)
+                    spin_until = 0.0
                 try:
                     await watch.wait(0, self._look_again(watch.parking, deadline))
                 except MonitorClosed:

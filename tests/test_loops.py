@@ -558,6 +558,73 @@ def test_a_task_that_is_cancelled_has_taken_nothing(ring, other, when):
     run(main())
 
 
+@pytest.fixture
+def patient(ring):
+    """A handle whose tasks look again and again for long before they sleep."""
+    with Ring.open(ring.name, spin=1) as patient:
+        yield patient
+
+
+@pytest.mark.parametrize("read", ["read_async", "read_many_async"])
+def test_a_task_that_spins_lets_others_run_and_takes_what_comes_without_a_bell(patient, other, read):
+    async def main():
+        waiting = asyncio.ensure_future(getattr(patient, read)())
+        for _ in range(10):
+            await asyncio.sleep(0)
+            assert not waiting.done()
+        other.write(b"1")
+        await asyncio.sleep(0)
+        assert waiting.done() and waiting.result() in (b"1", [b"1"])
+        assert patient.stats().reader_parks == 0
+
+    run(main())
+
+
+def test_a_task_that_spun_in_vain_sleeps(patient, other):
+    patient._read_spin._now = patient._read_spin._most = 0.001
+
+    async def main():
+        waiting = asyncio.ensure_future(patient.read_async())
+        while not patient.stats().reader_parks:
+            await asyncio.sleep(0)
+        assert patient._watches[patient._reader]._waiting and patient._read_spin._now == 0.0005
+        other.write(b"1")
+        assert await waiting == b"1"
+        # Rung, it did not learn from that how long to spin.
+        assert patient._read_spin._now == 0.0005
+
+    run(main())
+
+
+def test_a_task_that_spins_has_its_time_and_is_cancelled_with_nothing_taken(patient, other):
+    async def main():
+        begin = time.perf_counter()
+        with pytest.raises(RingTimeout):
+            await patient.read_async(timeout=0.02)
+        assert time.perf_counter() - begin >= 0.02
+        waiting = asyncio.ensure_future(patient.read_async())
+        await asyncio.sleep(0)
+        other.write(b"1")
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert patient.stats().reader_parks == 0
+        assert await patient.read_async() == b"1"
+
+    run(main())
+
+
+def test_a_handle_that_is_closed_while_a_task_spins_is_closed(patient):
+    async def main():
+        waiting = asyncio.ensure_future(patient.read_async())
+        await asyncio.sleep(0)
+        patient.close()
+        with pytest.raises(RingClosed):
+            await waiting
+
+    run(main())
+
+
 def test_waiting_has_its_time(ring, other):
     async def main():
         for read in (ring.read_async, ring.read_many_async):
@@ -1013,7 +1080,7 @@ def test_an_exception_while_tasks_are_woken_leaves_none_asleep(name, what):
     hears the doorbell once more."""
     for number in range(1, 400):
         loop = asyncio.new_event_loop()
-        with Ring.create(name, 4096) as ring, Ring.open(name) as other:
+        with Ring.create(name, 4096, spin=0) as ring, Ring.open(name) as other:
             task = loop.create_task(ring.read_async())
             loop.run_until_complete(asyncio.sleep(0))
             watch = ring._watches[ring._reader]
