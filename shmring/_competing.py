@@ -71,7 +71,8 @@ class CompetingReader(Reader):
                     raise RuntimeError(f"this thread is inside a read of ring {name!r} already, by another handle")
             frame = frame.f_back
 
-    def was_refused(self) -> bool:
+    @property
+    def was_refused(self) -> bool:  # type: ignore[override]
         """As for other readers."""
         return 0 < self._refused < PATIENCE
 

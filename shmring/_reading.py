@@ -16,6 +16,7 @@ from ._parking import Parking
 from ._requests import Borrow, GiveBack, ReadBatch, ReadOne, ReadRequest, still_used
 from ._words import POSITIONS, WORD, Fence, Segment, can_be
 
+FEW: Final = range(4)  # looks, before it is said that there is nothing: another request costs as much as ten of them
 COUNTED: Final = 100  # times that a reader who joins tries to have a position and a count that belong together
 
 
@@ -24,7 +25,14 @@ class Reader:
 
     Requests to `monitor`: None takes one message, or see `ReadOne`, `ReadBatch`, `GiveBack`. Answers: the
     message (bytes; its size if it went to a view; a list for `ReadBatch`), or None when there is nothing.
+
+    Attributes:
+        was_refused: Was it another one's turn, of those that compete, and is it to be left to that one a little longer?
+        looks: For each of these the next request looks once more before its answer is that there is nothing.
     """
+
+    was_refused = False
+    looks: Sequence[int] = FEW
 
     def __init__(self, segment: Segment) -> None:
         self._segment = segment
@@ -88,10 +96,6 @@ class Reader:
         """Has a lane come into use that is not known yet?"""
         layout, known = self._segment.layout, len(self._lanes)
         return known < layout.writers and self._segment.map[layout.used_offset + known] != 0
-
-    def was_refused(self) -> bool:
-        """Was it another one's turn, of those that compete, and is it to be left to that one for a little longer?"""
-        return False
 
     def pass_on(self) -> None:
         """Who calls leaves a wait without a message. Readers that compete have another one woken for it."""
@@ -555,6 +559,12 @@ class Reader:
                 if pos == end:
                     if alone:
                         end, limit = words[write_pos], 0  # R1
+                        if pos == end:
+                            looks, self.looks = self.looks, FEW
+                            for _ in looks:
+                                end = words[write_pos]  # R1
+                                if pos != end:
+                                    break
                         if order:
                             order()  # ORDER R1 before R2, as in _look
                         if ring[another_used]:

@@ -57,6 +57,8 @@ SPIN: Final = 100e-6
 # Seconds of it that it spins without a pause. From then on it yields the processor after each look, because
 # the other side may be waiting for this very processor.
 TIGHT: Final = 5e-6
+# Looks that the reader's steps take at a time then: who goes round for each is a tenth slower when a message comes.
+LOOKS: Final = range(32)
 # A writer that finds its lane full waits at first for this share of it to be free: for the room of one message it would
 # have to be woken, and its reader to wake it, with each message. But no longer than so many seconds: then for what it
 # needs. It is never more than what is free when the reader has taken everything, and the reader rings before it parks.
@@ -493,9 +495,10 @@ class Ring:
                     tight_until = now + TIGHT
                     spin_until = _earlier(now + self._read_spin.seconds(), deadline)
                 reader = self._reader
-                if now < spin_until or reader.was_refused():
+                if now < spin_until or reader.was_refused:
                     if now > tight_until:
                         os_backend.yield_processor()
+                    reader.looks = LOOKS
                     continue
                 if spin_until:
                     self._read_spin.learn(False)
@@ -534,7 +537,7 @@ class Ring:
         message: Any = None
         try:
             for message in self._messages:  # as in `read`
-                if message is None and self._reader.was_refused():
+                if message is None and self._reader.was_refused:
                     break
                 return message  # type: ignore[no-any-return]
         except BaseException as error:
@@ -1286,7 +1289,7 @@ class _Remains:
     """What a closed handle has in the place of its segment and its two sides: nobody can enter, and no memory."""
 
     parking = None
-    claimed = False
+    claimed = was_refused = False
     lane = -1
 
     def __init__(self, segment: Segment) -> None:
@@ -1294,10 +1297,6 @@ class _Remains:
 
     def give_back(self, request: ReadRequest) -> None:
         """There is nobody to give it to."""
-
-    def was_refused(self) -> bool:
-        """Nobody is any more."""
-        return False
 
     def nothing(self) -> bool:
         """Nobody gets to ask."""

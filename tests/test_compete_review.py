@@ -163,7 +163,7 @@ def test_a_time_out_is_kept_by_who_was_refused_before_an_exception(ring, opened)
     ring.write(b"x")
     two.join()
     assert two._reader._take()
-    assert next(one._messages) is None and one._reader.was_refused()
+    assert next(one._messages) is None and one._reader.was_refused
     one._reader._is_left = raises(Interrupt)
     with pytest.raises(Interrupt):
         one.read(max_len=9)

@@ -1088,7 +1088,7 @@ METHODS = {
     "Reader._read_one": "R2 R2",
     "Reader._borrow": "R2",
     "Reader._read_batch": "R2 R2",
-    "Reader._steps": "R1 R1<R2 R2 R2<R3 R3 R4 R5 R2 R2 R2<R3 R3 R4 R5",
+    "Reader._steps": "R1 R1 R1<R2 R2 R2<R3 R3 R4 R5 R2 R2 R2<R3 R3 R4 R5",
     "CompetingReader._take": "T1 T2 T3 T3<R1",
     "CompetingReader._take_over": "X1 X2 turn_before<turn X2 X3 X4 X4<R1 X4 X5 X6",
     "CompetingReader._give": "R3<T4 T4 T5 T6",

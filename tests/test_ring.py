@@ -484,6 +484,21 @@ def test_try_never_waits(ring):
     assert ring.try_read() == bytes(4000)
 
 
+def test_a_reader_looks_as_often_as_it_was_told_until_there_is_something(ring, other):
+    other.write(b"1")
+    assert ring.read() == b"1"
+
+    def looks():
+        yield
+        other.write(b"2")
+        yield
+        raise AssertionError("it went on")
+
+    ring._reader.looks = looks()
+    assert ring.try_read() == b"2"
+    assert ring.try_read() is None
+
+
 @pytest.mark.parametrize("spin", [-0.1, 1.1, math.nan])
 def test_spin_is_checked(name, spin):
     with pytest.raises(ValueError, match="spin"):
