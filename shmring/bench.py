@@ -821,40 +821,67 @@ def be_server(label: str, count: int) -> None:
     answer(type(requests[0]).requests(requests, REQUEST), [channel.sender(REQUEST) for channel in replies], count)
 
 
-def be_writer(label: str, way: str, client: int, count: int, start: int) -> int:
-    """Send so many messages as one of several writers; returns when it began."""
-    requests, rest = _channels[label][0], pattern(client, REQUEST)[16:]
-    messages = [_STAMPED.pack(number, client) + rest for number in range(count)]
+def lap_of(client: int, count: int) -> list[bytes]:
+    """What a writer sends, over and over."""
+    rest = pattern(client, REQUEST)[16:]
+    return [_STAMPED.pack(number, client) + rest for number in range(count)]
+
+
+def be_writer(label: str, way: str, client: int, count: int, lap: int, start: int) -> int:
+    """Send so many messages as one of several writers, the first `lap` over and over; returns when it began."""
+    requests, messages = _channels[label][0], lap_of(client, min(lap, count))
     send, most = requests.sender(REQUEST), BATCH[REQUEST]
+    batches = [messages[at : at + most] for at in range(0, len(messages), most)]
+    left = count
     time.sleep(max(0, start - clock()) / 1e9)
     began = clock()
-    if way == BATCHED:
-        for at in range(0, count, most):
-            requests.rings[REQUEST].write_many(messages[at : at + most])
-    else:
-        for message in messages:
-            send(message)
+    while left > 0:
+        if way == BATCHED:
+            for batch in batches:
+                left -= requests.rings[REQUEST].write_many(batch[:left])
+        else:
+            for message in messages[:left]:
+                send(message)
+            left -= len(messages)
     return began
 
 
 def be_reader_of(label: str, way: str, writers: int, count: int) -> int:
-    """Receive what these writers send; returns when it ended, and looks only then whether all came in order."""
-    requests = _channels[label][0]
-    received: list[Any] = []
+    """Receive what these writers send, each one lap of BATCH over and over; returns when it ended."""
+    requests, lap = _channels[label][0], min(count, BATCH[REQUEST])
+    due = [itertools.cycle(lap_of(client, lap)) for client in range(writers)]
     if way == BATCHED:
-        while len(received) < writers * count:
-            received += requests[0].rings[REQUEST].read_many(BATCH[REQUEST])
-    else:
-        messages = itertools.islice(type(requests[0]).requests(requests, REQUEST), writers * count)
-        received = list(map(bytes, messages))  # a copy of what is received in one buffer, else the thing itself
+        laps = [lap_of(client, lap) * 2 for client in range(writers)]
+        done, left = [0] * writers, writers * count
+        while left:
+            batch = requests[0].rings[REQUEST].read_many(BATCH[REQUEST])
+            left -= len(batch)
+            check_batch(batch, laps, done)
+        return clock()
+    messages = itertools.islice(type(requests[0]).requests(requests, REQUEST), writers * count)
+    received = list(map(bytes, messages))  # a copy of what is received in one buffer, else the thing itself
     end = clock()
-    due = [0] * writers
     for message in received:
-        number, client = _STAMPED.unpack(message[:16])
-        if client >= writers or number != due[client] or message[16:] != pattern(client, REQUEST)[16:]:
+        client = _STAMPED.unpack(message[:16])[1]
+        if client >= writers or message != next(due[client]):
             complain(message, pattern(0, REQUEST))
-        due[client] += 1
     return end
+
+
+def check_batch(batch: list[bytes], laps: list[list[bytes]], done: list[int]) -> None:
+    """Is each message the next one of its writer? Most of a batch is one's: lists are compared, which costs little."""
+    while batch:
+        client = _STAMPED.unpack(batch[0][:16])[1]
+        if client >= len(laps):
+            complain(batch[0], pattern(0, REQUEST))
+        due = laps[client][done[client] :][: len(batch)]
+        same = len(due)
+        if batch[:same] != due:
+            same = next(i for i, expected in enumerate(due) if batch[i] != expected)
+            if not same:
+                complain(batch[0], due[0])
+        done[client] = (done[client] + same) % (len(laps[client]) // 2)
+        batch = batch[same:]
 
 
 def join(audience: str) -> None:
@@ -864,34 +891,39 @@ def join(audience: str) -> None:
 
 def be_broadcaster(audience: str, way: str, count: int, start: int) -> int:
     """Send so many messages to all readers; returns how many nanoseconds that took."""
-    ring, rest = _channels[audience], pattern(0, REQUEST)[8:]
-    messages, most = [_NUMBER.pack(number) + rest for number in range(count)], BATCH[REQUEST]
+    ring, most = _channels[audience], BATCH[REQUEST]
+    messages = messages_of(REQUEST, most)
     time.sleep(max(0, start - clock()) / 1e9)
     began = clock()
-    if way == BATCHED:
-        for at in range(0, count, most):
-            ring.write_many(messages[at : at + most])
-    else:
-        for message in messages:
-            ring.write(message)
+    for left in range(count, 0, -most):
+        if way == BATCHED:
+            ring.write_many(messages[:left])
+        else:
+            for message in messages[:left]:
+                ring.write(message)
     return clock() - began
 
 
 def be_one_of_all(audience: str, way: str, count: int) -> int:
     """Receive so many messages as one of several readers; returns how many of them were lost."""
-    ring, lost = _channels[audience], 0
-    received: list[bytes] = []
-    while len(received) + lost < count:
+    ring, most = _channels[audience], BATCH[REQUEST]
+    due = messages_of(REQUEST, most) * 2
+    seen = lost = 0
+    while seen < count:
         try:
             if way == BATCHED:
-                received += ring.read_many(BATCH[REQUEST])
+                batch = ring.read_many(most)
+                if batch != due[seen % most :][: len(batch)]:
+                    raise WrongMessage("a broadcast message came twice, or in another order, or is another one")
+                seen += len(batch)
             else:
-                received.append(ring.read())
+                message = ring.read()
+                if message != due[seen % most]:
+                    complain(message, due[seen % most])
+                seen += 1
         except MessagesLost as error:
             lost += error.count
-    numbers = [_NUMBER.unpack(message[:8])[0] for message in received]
-    if numbers != sorted(set(numbers)) or {message[8:] for message in received} - {pattern(0, REQUEST)[8:]}:
-        raise WrongMessage("a broadcast message came twice, or in another order, or is another one")
+            seen += error.count
     return lost
 
 
@@ -934,9 +966,9 @@ def be_one_of_crew(crew: str, way: str, count: int, before: int) -> tuple[int, a
     return end, taken
 
 
-def be_writer_and_end(crew: str, way: str, client: int, count: int, start: int) -> int:
+def be_writer_and_end(crew: str, way: str, client: int, count: int, lap: int, start: int) -> int:
     """`be_writer`, of what is no ring: then tell each of the readers that this writer has written all."""
-    began = be_writer(crew, way, client, count, start)
+    began = be_writer(crew, way, client, count, lap, start)
     for _ in range(READERS):
         _channels[crew][0].sender(REQUEST)(None)
     return began
@@ -1122,7 +1154,10 @@ class Office:
         """So many writers send to the server, as much each, all at the same time."""
         label, each = way.partition(",")[0], max(1, messages // writers)
         start = clock() + 10_000_000
-        jobs = [(worker, be_writer, label, way, number, each, start) for number, worker in enumerate(self._clients)]
+        jobs = [
+            (worker, be_writer, label, way, number, each, BATCH[REQUEST], start)
+            for number, worker in enumerate(self._clients)
+        ]
         end, *began = self._run((self._server, be_reader_of, label, way, writers, each), *jobs[:writers])
         return Run(each * writers, (end - min(began)) / 1e9)
 
@@ -1216,7 +1251,7 @@ class Hall:
         size, how = self.CREWS[crew]
         start = clock() + 10_000_000
         be = be_writer_and_end if how is None else be_writer
-        writing = [(worker, be, label, way, number, count, start) for number, worker in enumerate(self._writers)]
+        writing = [(worker, be, label, way, number, count, count, start) for number, worker in enumerate(self._writers)]
         jobs = [(worker, be_one_of_crew, label, way, count, self._sent[crew]) for worker in self._readers[:size]]
         done = self._run(*writing, *jobs)
         self._sent[crew] += CREW * count
