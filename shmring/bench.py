@@ -200,9 +200,10 @@ PARTS: Final = ("latency", "throughput", "clients", "writers", "readers", "cpu")
 MODES: Final = ("spinning", "blocking", "asyncio", "asleep")
 SMALL: Final = (64, 1024)  # bytes; the sizes whose latency is measured
 SIZES: Final = (64, 1024, 1 << 16, 1 << 20)  # bytes; the sizes that are streamed
+LONG: Final = 1 << 20  # bytes; from here on a ring is read into one buffer too: new memory each time costs a third
 WHOLE: Final = 1024  # bytes; messages up to this are compared whole, also while the time is taken
 BATCH: Final = {64: 1024, 1024: 256, 1 << 16: 4, 1 << 20: 2}  # different messages that go round; one write_many
-CAPACITY: Final = {64: 1 << 20, 1024: 1 << 20, 1 << 16: (1 << 19) + 4096, 1 << 20: (1 << 21) + 4096}  # bytes of a lane
+CAPACITY: Final = {64: 1 << 20, 1024: 1 << 20, 1 << 16: (1 << 19) + 4096, 1 << 20: (1 << 22) + 4096}  # bytes of a lane
 CLIENTS: Final = 10
 READERS: Final = 4  # of a ring that has several
 CREW: Final = 4  # writers to readers who compete
@@ -337,7 +338,16 @@ class RingChannel(Channel):
         return self.rings[size].write
 
     def receiver(self, size: int) -> Callable[[], Any]:
-        return self.rings[size].read
+        read = self.rings[size].read
+        if size < LONG:
+            return read
+        buffer = bytearray(size)
+
+        def receive() -> bytearray:
+            read(buffer)
+            return buffer
+
+        return receive
 
     def poller(self, size: int) -> Callable[[], Any]:
         return self.rings[size].try_read
