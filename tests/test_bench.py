@@ -167,9 +167,15 @@ FLIP = """
     original = Ring.{method}
 
     def wrong(self, *args, _calls=[0], **kwargs):
-        message = original(self, *args, **kwargs)
+        answer = original(self, *args, **kwargs)
+        message = args[0] if args else answer  # in a buffer of the caller's, or as it is
         _calls[0] += 1
-        return message[:-1] + bytes([message[-1] ^ 1]) if {when} else message
+        if {when}:
+            if args:
+                message[-1] ^= 1
+            else:
+                answer = message[:-1] + bytes([message[-1] ^ 1])
+        return answer
 
     Ring.{method} = wrong
 """
