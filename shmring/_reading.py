@@ -16,7 +16,7 @@ from ._parking import Parking
 from ._requests import Borrow, GiveBack, ReadBatch, ReadOne, ReadRequest, still_used
 from ._words import POSITIONS, WORD, Fence, Segment, can_be
 
-FEW: Final = range(4)  # looks, before it is said that there is nothing: another request costs as much as ten of them
+ONCE: Final = range(0)  # for `Reader.looks`
 COUNTED: Final = 100  # times that a reader who joins tries to have a position and a count that belong together
 
 
@@ -32,7 +32,7 @@ class Reader:
     """
 
     was_refused = False
-    looks: Sequence[int] = FEW
+    looks: Sequence[int] = ONCE
 
     def __init__(self, segment: Segment) -> None:
         self._segment = segment
@@ -559,8 +559,8 @@ class Reader:
                 if pos == end:
                     if alone:
                         end, limit = words[write_pos], 0  # R1
-                        if pos == end:
-                            looks, self.looks = self.looks, FEW
+                        if pos == end and self.looks:
+                            looks, self.looks = self.looks, ONCE
                             for _ in looks:
                                 end = words[write_pos]  # R1
                                 if pos != end:

@@ -57,7 +57,8 @@ SPIN: Final = 100e-6
 # Seconds of it that it spins without a pause. From then on it yields the processor after each look, because
 # the other side may be waiting for this very processor.
 TIGHT: Final = 5e-6
-# Looks that the reader's steps take at a time then: who goes round for each is a tenth slower when a message comes.
+# Looks that the reader's steps take at a time meanwhile: to go round for each makes a tenth of a message's latency.
+# Not longer, because a signal handler that comes in the middle of the steps cannot use the handle.
 LOOKS: Final = range(32)
 # A writer that finds its lane full waits at first for this share of it to be free: for the room of one message it would
 # have to be woken, and its reader to wake it, with each message. But no longer than so many seconds: then for what it
@@ -498,7 +499,8 @@ class Ring:
                 if now < spin_until or reader.was_refused:
                     if now > tight_until:
                         os_backend.yield_processor()
-                    reader.looks = LOOKS
+                    else:
+                        reader.looks = LOOKS
                     continue
                 if spin_until:
                     self._read_spin.learn(False)
@@ -750,15 +752,17 @@ class Ring:
                 answer = take()
                 if answer is not None:
                     if spin_until:
-                        self._read_spin.learn(True)
+                        # Not by a look that came too late, because others have this processor as well.
+                        self._read_spin.learn(time.perf_counter() < spin_until)
                     return answer
                 now = time.perf_counter()
                 if deadline is not None and now >= deadline:
+                    if not self._arm(reader):
+                        continue
                     raise RingTimeout(f"no message in ring {self.name!r} within the timeout")
                 if spin_until is None:
                     spin_until = 0.0 if self._segment.layout.compete else now + self._read_spin.seconds()
                 if now < spin_until:
-                    os_backend.yield_processor()  # in a crowd twice the messages, else a tenth of the latency
                     await _let_others_run()
                     continue
                 if spin_until:
@@ -771,6 +775,8 @@ class Ring:
         except RingClosed:
             raise
         except BaseException:
+            if spin_until:
+                self._read_spin.learn(False)
             if self._segment.layout.compete:
                 watch.rest()
             reader.pass_on()

@@ -608,8 +608,40 @@ def test_a_task_that_spins_has_its_time_and_is_cancelled_with_nothing_taken(pati
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        assert patient.stats().reader_parks == 0
+        assert patient.stats().reader_parks == 1  # armed when the time was up
         assert await patient.read_async() == b"1"
+
+    run(main())
+
+
+@pytest.mark.parametrize("timeout", [0, 0.001])
+def test_the_doorbell_is_sure_to_ring_after_a_task_that_spun_had_its_time(patient, other, timeout):
+    async def main():
+        with pytest.raises(RingTimeout):
+            await patient.read_async(timeout=timeout)
+        assert not is_rung(patient)
+        other.write(b"1")
+        assert is_rung(patient)
+
+    run(main())
+
+
+def test_a_task_learns_that_to_spin_was_in_vain(patient, other):
+    spin = patient._read_spin
+
+    async def main():
+        with pytest.raises(RingTimeout):
+            await patient.read_async(timeout=0.001)
+        assert spin._now == 0.5
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(patient.read_async(), 0.001)
+        assert spin._now == 0.25
+        spin._now = 0.001
+        waiting = asyncio.ensure_future(patient.read_async())
+        await asyncio.sleep(0)
+        time.sleep(0.002)  # as if another process had this processor: the next look comes too late to count
+        other.write(b"1")
+        assert await waiting == b"1" and spin._now == 0.0005
 
     run(main())
 
