@@ -342,12 +342,8 @@ class RingChannel(Channel):
         if size < LONG:
             return read
         buffer = bytearray(size)
-
-        def receive() -> bytearray:
-            read(buffer)
-            return buffer
-
-        return receive
+        view = memoryview(buffer)
+        return lambda: view[: read(buffer)]
 
     def poller(self, size: int) -> Callable[[], Any]:
         return self.rings[size].try_read
@@ -858,40 +854,45 @@ def be_writer(label: str, way: str, client: int, count: int, lap: int, start: in
 
 def be_reader_of(label: str, way: str, writers: int, count: int) -> int:
     """Receive what these writers send, each one lap of BATCH over and over; returns when it ended."""
-    requests, lap = _channels[label][0], min(count, BATCH[REQUEST])
-    due = [itertools.cycle(lap_of(client, lap)) for client in range(writers)]
+    requests, left, lap = _channels[label][0], writers * count, min(count, BATCH[REQUEST])
+    laps = [lap_of(client, lap) * 2 for client in range(writers)]
+    done = [0] * writers
     if way == BATCHED:
-        laps = [lap_of(client, lap) * 2 for client in range(writers)]
-        done, left = [0] * writers, writers * count
-        while left:
+        while left > 0:
             batch = requests[0].rings[REQUEST].read_many(BATCH[REQUEST])
             left -= len(batch)
             check_batch(batch, laps, done)
-        return clock()
-    messages = itertools.islice(type(requests[0]).requests(requests, REQUEST), writers * count)
-    received = list(map(bytes, messages))  # a copy of what is received in one buffer, else the thing itself
-    end = clock()
-    for message in received:
-        client = _STAMPED.unpack(message[:16])[1]
-        if client >= writers or message != next(due[client]):
-            complain(message, pattern(0, REQUEST))
+        end = clock()
+    else:
+        messages = itertools.islice(type(requests[0]).requests(requests, REQUEST), left)
+        received = list(map(bytes, messages))  # a copy of what is received in one buffer, else the thing itself
+        end = clock()
+        for message in received:
+            client = _STAMPED.unpack(message[:16])[1]
+            if client >= writers or message != laps[client][done[client] % lap]:
+                complain(message, pattern(0, REQUEST))
+            done[client] += 1
+    if done != [count] * writers:
+        raise WrongMessage(f"messages of each writer: {done}; due were {count:,}")
     return end
 
 
 def check_batch(batch: list[bytes], laps: list[list[bytes]], done: list[int]) -> None:
-    """Is each message the next one of its writer? Most of a batch is one's: lists are compared, which costs little."""
-    while batch:
-        client = _STAMPED.unpack(batch[0][:16])[1]
+    """Is each message the next one of its writer? Those of one come together in batches: lists are compared quickly."""
+    at = 0
+    while at < len(batch):
+        client = _STAMPED.unpack(batch[at][:16])[1]
         if client >= len(laps):
-            complain(batch[0], pattern(0, REQUEST))
-        due = laps[client][done[client] :][: len(batch)]
+            complain(batch[at], pattern(0, REQUEST))
+        lap = laps[client]
+        due = lap[done[client] % (len(lap) // 2) :][: len(batch) - at]
         same = len(due)
-        if batch[:same] != due:
-            same = next(i for i, expected in enumerate(due) if batch[i] != expected)
+        if batch[at : at + same] != due:
+            same = next(i for i, expected in enumerate(due) if batch[at + i] != expected)
             if not same:
-                complain(batch[0], due[0])
-        done[client] = (done[client] + same) % (len(laps[client]) // 2)
-        batch = batch[same:]
+                complain(batch[at], due[0])
+        done[client] += same
+        at += same
 
 
 def join(audience: str) -> None:
