@@ -510,7 +510,7 @@ class Ring:
                 self._sleep(reader.parking, reader.nothing, 0, deadline, "no message in")
         except BaseException as error:
             if message is not None:
-                self._give_back(message)
+                self._give_back([message])
             if not isinstance(error, ValueError) or error.args != BUSY:
                 if reader is not None and not isinstance(error, RingClosed):
                     reader.pass_on()
@@ -544,7 +544,7 @@ class Ring:
                 return message  # type: ignore[no-any-return]
         except BaseException as error:
             if message is not None:
-                self._give_back(message)
+                self._give_back([message])
             if not isinstance(error, ValueError) or error.args != BUSY:
                 raise
         request = ReadOne(self.max_message)
@@ -745,6 +745,7 @@ class Ring:
         if watch is None:
             watch = self._watch(reader, self._parking_of_reader(), lambda needs: reader.nothing())
         spin_until: float | None = None  # 0.0 once that was in vain
+        answer: Any = None
         try:
             if watch.is_time_to_pause():
                 await _let_others_run()
@@ -757,10 +758,11 @@ class Ring:
                     return answer
                 now = time.perf_counter()
                 if deadline is not None and now >= deadline:
-                    if not self._arm(reader):
+                    if not self._arm(reader):  # as in `_sleep`: from now on it is sure to ring
                         continue
                     raise RingTimeout(f"no message in ring {self.name!r} within the timeout")
                 if spin_until is None:
+                    # Who competes is rung for a message that is its own to take, and each look may take the turn over.
                     spin_until = 0.0 if self._segment.layout.compete else now + self._read_spin.seconds()
                 if now < spin_until:
                     await _let_others_run()
@@ -775,7 +777,9 @@ class Ring:
         except RingClosed:
             raise
         except BaseException:
-            if spin_until:
+            if answer is not None:  # a signal handler's, as in `read`
+                self._give_back(answer if isinstance(answer, list) else [answer])
+            elif spin_until:
                 self._read_spin.learn(False)
             if self._segment.layout.compete:
                 watch.rest()
@@ -851,10 +855,10 @@ class Ring:
         except (StopIteration, ValueError) as refusal:
             return self._enter(self._reader, request, refusal)
 
-    def _give_back(self, message: bytes) -> None:
-        """An exception kept a message from the caller: the next read gets it."""
-        with suppress(RingClosed):  # nobody is left to get it
-            self._enter_reader(GiveBack([message]))
+    def _give_back(self, messages: list[bytes]) -> None:
+        """An exception kept these from the caller: the next reads get them."""
+        with suppress(RingClosed):  # nobody is left to get them
+            self._enter_reader(GiveBack(messages))
 
     def _await(self, request: ReadRequest | Borrow, deadline: float | None, spun: bool = False) -> Any:
         """The answer to a request, once there is one. Who calls gives it back if it gets an exception instead."""

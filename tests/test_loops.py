@@ -646,6 +646,29 @@ def test_a_task_learns_that_to_spin_was_in_vain(patient, other):
     run(main())
 
 
+@pytest.mark.parametrize("read", ["read_async", "read_many_async"])
+def test_an_exception_between_a_spin_that_paid_and_its_caller_loses_nothing(patient, other, read):
+    class Interrupt(Exception):
+        """As a signal handler's."""
+
+    class Spin(type(patient._read_spin)):
+        def learn(self, paid):
+            raise Interrupt
+
+    async def main():
+        learns, patient._read_spin = patient._read_spin, Spin(1)
+        waiting = asyncio.ensure_future(getattr(patient, read)())
+        await asyncio.sleep(0)
+        other.write(b"1")
+        with pytest.raises(Interrupt):
+            await waiting
+        patient._read_spin = learns
+        other.write(b"2")
+        assert [await patient.read_async(), await patient.read_async()] == [b"1", b"2"]
+
+    run(main())
+
+
 def test_a_handle_that_is_closed_while_a_task_spins_is_closed(patient):
     async def main():
         waiting = asyncio.ensure_future(patient.read_async())
