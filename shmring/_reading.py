@@ -16,7 +16,6 @@ from ._parking import Parking
 from ._requests import Borrow, GiveBack, ReadBatch, ReadOne, ReadRequest, still_used
 from ._words import POSITIONS, WORD, Fence, Segment, can_be
 
-ONCE: Final = range(0)  # for `Reader.looks`
 COUNTED: Final = 100  # times that a reader who joins tries to have a position and a count that belong together
 
 
@@ -32,7 +31,7 @@ class Reader:
     """
 
     was_refused = False
-    looks: Sequence[int] = ONCE
+    looks: Sequence[int] = ()
 
     def __init__(self, segment: Segment) -> None:
         self._segment = segment
@@ -560,7 +559,7 @@ class Reader:
                     if alone:
                         end, limit = words[write_pos], 0  # R1
                         if pos == end and self.looks:
-                            looks, self.looks = self.looks, ONCE
+                            looks, self.looks = self.looks, ()
                             for _ in looks:
                                 end = words[write_pos]  # R1
                                 if pos != end:

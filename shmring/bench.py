@@ -855,7 +855,7 @@ def be_writer(label: str, way: str, client: int, count: int, lap: int, start: in
 def be_reader_of(label: str, way: str, writers: int, count: int) -> int:
     """Receive what these writers send, each one lap of BATCH over and over; returns when it ended."""
     requests, left, lap = _channels[label][0], writers * count, min(count, BATCH[REQUEST])
-    laps = [lap_of(client, lap) * 2 for client in range(writers)]
+    laps = [lap_of(client, lap) for client in range(writers)]
     done = [0] * writers
     if way == BATCHED:
         while left > 0:
@@ -885,7 +885,7 @@ def check_batch(batch: list[bytes], laps: list[list[bytes]], done: list[int]) ->
         if client >= len(laps):
             complain(batch[at], pattern(0, REQUEST))
         lap = laps[client]
-        due = lap[done[client] % (len(lap) // 2) :][: len(batch) - at]
+        due = lap[done[client] % len(lap) :][: len(batch) - at]
         same = len(due)
         if batch[at : at + same] != due:
             same = next(i for i, expected in enumerate(due) if batch[at + i] != expected)
