@@ -510,7 +510,7 @@ class Ring:
                 self._sleep(reader.parking, reader.nothing, 0, deadline, "no message in")
         except BaseException as error:
             if message is not None:
-                self._give_back([message])
+                self._give_back(message)
             if not isinstance(error, ValueError) or error.args != BUSY:
                 if reader is not None and not isinstance(error, RingClosed):
                     reader.pass_on()
@@ -544,7 +544,7 @@ class Ring:
                 return message  # type: ignore[no-any-return]
         except BaseException as error:
             if message is not None:
-                self._give_back([message])
+                self._give_back(message)
             if not isinstance(error, ValueError) or error.args != BUSY:
                 raise
         request = ReadOne(self.max_message)
@@ -778,7 +778,7 @@ class Ring:
             raise
         except BaseException:
             if answer is not None:  # a signal handler's, as in `read`
-                self._give_back(answer if isinstance(answer, list) else [answer])
+                self._give_back(*(answer if isinstance(answer, list) else [answer]))
             elif spin_until:
                 self._read_spin.learn(False)
             if self._segment.layout.compete:
@@ -855,10 +855,10 @@ class Ring:
         except (StopIteration, ValueError) as refusal:
             return self._enter(self._reader, request, refusal)
 
-    def _give_back(self, messages: list[bytes]) -> None:
+    def _give_back(self, *messages: bytes) -> None:
         """An exception kept these from the caller: the next reads get them."""
         with suppress(RingClosed):  # nobody is left to get them
-            self._enter_reader(GiveBack(messages))
+            self._enter_reader(GiveBack(list(messages)))
 
     def _await(self, request: ReadRequest | Borrow, deadline: float | None, spun: bool = False) -> Any:
         """The answer to a request, once there is one. Who calls gives it back if it gets an exception instead."""
