@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -126,6 +127,9 @@ FAKES = """
         ahead = 1
         poller = Fake.receiver
 
+    class Bare(peers.Bare):
+        label = "bare"
+
     class Pair(peers.Pair):
         # Who hangs has little time, so that the test ends soon; the others have what they need on a busy machine.
         def __init__(self, kind, directory, limit):
@@ -219,6 +223,40 @@ def test_one_that_hangs_is_killed_and_told_and_the_others_go_on(run, tmp_path):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, 0)
             pytest.fail(f"process {pid} is still there")
+
+
+@pytest.mark.once
+def test_the_bare_ring_carries_each_message_of_each_size(run):
+    out, told = run("Bare", only="64B,1MiB,spinning")
+    assert all(cell.endswith("x)") for cell in rows(out)["bare"]), out
+    assert f"- bare of Python {sys.version.split()[0]}: " in out
+    assert told["peers"] == {"bare": f"of Python {sys.version.split()[0]}"}
+
+
+@pytest.mark.parametrize("size", [64, 1 << 20])
+def test_a_bare_ring_that_is_full_takes_no_more(tmp_path, size):
+    spec = importlib.util.spec_from_file_location("peers", ROOT / "tools" / "peers.py")
+    peers = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(peers)
+    bare = peers.Bare("bare", str(tmp_path))
+    bare.listen(size)
+    bare.connect(size)
+    send, receive = bare.sender(size), bare.poller(size)
+    slots = peers.CAPACITY[size] // (size + 8)
+    messages = [bytes([number % 256]) * size for number in range(3 * slots // 2)]
+    for message in messages[:slots]:
+        assert send(message)
+    assert not send(b"?" * size)
+    for message in messages[: slots // 2]:
+        assert receive() == message
+    for message in messages[slots:]:
+        assert send(message)  # in the places of those that were received
+    assert not send(b"?" * size)
+    assert [receive() for _ in range(slots)] == messages[-slots:]
+    assert receive() is None
+    for memory, words, _ in (bare.ins[size], bare.outs[size]):
+        words.release()
+        memory.close()
 
 
 def test_what_is_not_there_to_be_chosen_is_refused():

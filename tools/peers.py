@@ -20,7 +20,9 @@ import importlib
 import importlib.metadata
 import json
 import math
+import mmap
 import os
+import platform
 import queue
 import shutil
 import statistics
@@ -35,6 +37,8 @@ from typing import Any, Final, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from shmring import bench
+from shmring._lanes import PACKED, packer, record_of
+from shmring._layout import RECORD_HEADER, record_bytes
 from shmring.bench import BATCH, CAPACITY, SIZES, Channel, Run
 
 if sys.platform != "win32":
@@ -471,7 +475,84 @@ class PyZmq(Peer):
         return unless(zmq.Again, partial(self.ins[size].recv, zmq.NOBLOCK))
 
 
-PEERS: tuple[type[Peer], ...] = (Cloudtoid, Kickmsg, Subetha, Tachyon, Iceoryx2, FasterFifo, PyZmq)
+class Bare(Peer):
+    """What is left of a ring when all promises are: the most that Python can do, for the table to show what they cost.
+
+    One writer, messages of one size, nobody ever sleeps, and who is killed leaves it as it is. Only on x86 do its
+    stores arrive in order.
+    """
+
+    label, module = "bare ring", "mmap"
+    how = "fifty lines of tools/peers.py, with nothing safe and nobody woken: slots of one size, two counters"
+    blocks = False
+    HEAD = 4096  # bytes before the slots
+    WRITTEN, READ = 0, 64  # the words with how many messages were
+
+    @classmethod
+    def version(cls) -> str:
+        return f"of Python {platform.python_version()}"
+
+    def _open(self, size: int) -> tuple[mmap.mmap, memoryview, int]:
+        """The memory, as it is and by words, and how many slots it has."""
+        slots = CAPACITY[size] // record_bytes(size)
+        path = os.path.join(self.directory, f"{self.name}-{size}")
+        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+            file.truncate(self.HEAD + slots * record_bytes(size))
+            memory = mmap.mmap(file.fileno(), 0)
+        return memory, memoryview(memory).cast("Q"), slots
+
+    open_in = open_out = _open
+
+    def sender(self, size: int) -> Callable[[bytes], Any]:
+        memory, words, slots = self.outs[size]
+        head, step, written, read = self.HEAD, record_bytes(size), self.WRITTEN, self.READ
+        pack = packer(size) if size <= PACKED else None
+        count = words[written]
+        full = words[read] + slots
+
+        def send(message: bytes) -> bool:
+            nonlocal count, full
+            if count == full:
+                full = words[read] + slots
+                if count == full:
+                    return False
+            at = head + count % slots * step
+            if pack:
+                pack(memory, at, size, message)
+            else:
+                words[at >> 3] = size
+                memory[at + RECORD_HEADER : at + RECORD_HEADER + size] = message
+            words[written] = count = count + 1
+            return True
+
+        return send
+
+    def poller(self, size: int) -> Callable[[], Any]:
+        memory, words, slots = self.ins[size]
+        head, step, written, read = self.HEAD, record_bytes(size), self.WRITTEN, self.READ
+        unpack = record_of(size) if size <= PACKED else None
+        count = words[read]
+        end = count
+
+        def receive() -> bytes | None:
+            nonlocal count, end
+            if count == end:
+                end = words[written]
+                if count == end:
+                    return None
+            at = head + count % slots * step
+            if unpack:
+                length, message = unpack(memory, at)
+            else:
+                length = words[at >> 3]
+                message = memory[at + RECORD_HEADER : at + RECORD_HEADER + length]
+            words[read] = count = count + 1
+            return message
+
+        return receive
+
+
+PEERS: tuple[type[Peer], ...] = (Cloudtoid, Kickmsg, Subetha, Tachyon, Iceoryx2, FasterFifo, PyZmq, Bare)
 PIPE: Final = bench.RawPipeChannel.label
 
 
