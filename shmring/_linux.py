@@ -26,7 +26,7 @@ import time
 import weakref
 from collections.abc import Callable
 from ctypes import CDLL, PyDLL, Structure, addressof, byref, c_char, c_char_p, c_int, c_long, c_void_p, get_errno
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Final
 
@@ -49,7 +49,7 @@ DIRECTORY = "/dev/shm"
 PREFIX: Final = "shmring."
 DOORBELLS: Final = "shmbell."  # what the name of a doorbell's FIFO begins with
 REMOVER_TRIES: Final = 1000  # milliseconds that `create` gives another process to finish removing the name
-SLICE: float | None = 1.0  # seconds that the main thread sleeps at most before it looks for signals
+SLICE: float | None = 1.0  # seconds that a thread sleeps at most before it looks for signals
 
 # <sys/syscall.h>
 SYS_futex: Final = {"x86_64": 202, "aarch64": 98}[MACHINE]
@@ -57,6 +57,7 @@ SYS_membarrier: Final = {"x86_64": 324, "aarch64": 283}[MACHINE]
 
 # <linux/futex.h>; without FUTEX_PRIVATE_FLAG: the others are in other processes
 FUTEX_WAKE_OP: Final = 5
+FUTEX_WAIT: Final = 0  # its time-out is a length of time
 FUTEX_WAIT_BITSET: Final = 9  # its time-out is a point on CLOCK_MONOTONIC, which is Python's time.perf_counter
 FUTEX_BITSET_MATCH_ANY: Final = 0xFFFFFFFF
 FUTEX_OP_ADD: Final = 1
@@ -78,6 +79,13 @@ class _Timespec(Structure):
     _fields_ = (("tv_sec", c_long), ("tv_nsec", c_long))
 
 
+def _timespec(seconds: float) -> _Timespec:
+    nanoseconds = math.ceil(seconds * 1e9)
+    return _Timespec(nanoseconds // 10**9, nanoseconds % 10**9)
+
+
+_slice = lru_cache(maxsize=1)(_timespec)  # one is the same as the next: to make it is a third of a wait's bytecodes
+
 # long syscall(long number, ...). All arguments are passed ready-made: conversion would double the cost.
 _waiting = CDLL(None, use_errno=True)["syscall"]  # lets go of the interpreter: for calls that may sleep
 _waiting.restype = c_long
@@ -90,10 +98,12 @@ _quick_open.argtypes = (c_char_p, c_int)
 _quick_open.restype = c_int
 
 _FUTEX = c_long(SYS_futex)
-_WAIT = c_int(FUTEX_WAIT_BITSET)
+_WAIT = c_int(FUTEX_WAIT)
+_WAIT_UNTIL = c_int(FUTEX_WAIT_BITSET)
 _WAKE = c_int(FUTEX_WAKE_OP)
 _ALL = c_int(INT_MAX)
 _NONE = c_long(0)
+_ZERO = c_int(0)
 _ANY = c_int(FUTEX_BITSET_MATCH_ANY - (1 << 32))
 _ADD_ONE = c_int((FUTEX_OP_ADD << 28) | (1 << 12))
 _MEMBARRIER = c_long(SYS_membarrier)
@@ -122,7 +132,7 @@ class _Membarrier:
 
     def expedite(self) -> bool:
         """Pass a full barrier, here and in every registered process. False: only here, if at all."""
-        if _quick(_MEMBARRIER, _EXPEDITE, c_int(0), c_int(0)) == 0:
+        if _quick(_MEMBARRIER, _EXPEDITE, _ZERO, _ZERO) == 0:
             return True
         self.unreached = errno.errorcode.get(get_errno(), str(get_errno()))
         return False
@@ -476,17 +486,17 @@ class Segment:
 
     def wait(self, bell: int, noted: int, deadline: float | None) -> None:
         """Sleep while the bell is as `noted`, until `deadline` (time.perf_counter), or a signal, or less."""
-        if SLICE is not None and threading.get_ident() == threading.main_thread().ident:
-            # A signal that comes just before the call does not interrupt it.
-            soon = time.perf_counter() + SLICE
-            deadline = soon if deadline is None else min(deadline, soon)
-        timeout = None
-        if deadline is not None:
-            nanoseconds = math.ceil(deadline * 1e9)
-            timeout = byref(_Timespec(nanoseconds // 10**9, nanoseconds % 10**9))
+        # A signal that comes just before the call does not interrupt it, so each call ends after a SLICE.
+        address = c_void_p(self._address + bell)
+        value = c_int(noted)
+        if deadline is None:
+            timeout = None if SLICE is None else byref(_slice(SLICE))
+            # long futex(uint32_t *uaddr, FUTEX_WAIT, uint32_t val, const struct timespec *timeout)
+            _waiting(_FUTEX, address, _WAIT, value, timeout)
+            return
+        until = byref(_timespec(deadline if SLICE is None else min(deadline, time.perf_counter() + SLICE)))
         # long futex(uint32_t *uaddr, FUTEX_WAIT_BITSET, uint32_t val, const struct timespec *abs, NULL, uint32_t bits)
-        value = c_int(noted - (noted >> 31 << 32))
-        _waiting(_FUTEX, c_void_p(self._address + bell), _WAIT, value, timeout, _NONE, _ANY)
+        _waiting(_FUTEX, address, _WAIT_UNTIL, value, until, _NONE, _ANY)
 
     wake = ring  # this handle's own threads sleep as all others do
 

@@ -87,9 +87,10 @@ class Reader:
     def _can_take(self) -> bool:
         """Is there something in the ring? For `nothing`."""
         words = self._segment.words
-        return self._another_used() or not all(
-            lane.damage or words[lane.write_pos] in (lane.pos, words[lane.read_pos]) for lane in self._lanes
-        )
+        for lane in self._lanes:
+            if words[lane.write_pos] not in (lane.pos, words[lane.read_pos]) and not lane.damage:
+                return True
+        return self._another_used()
 
     def _another_used(self) -> bool:
         """Has a lane come into use that is not known yet?"""

@@ -177,11 +177,12 @@ PLANTED = {
         ("from ctypes import CDLL,", "from ctypes import c_wchar_p, CDLL,"),
     ),
     "a ready-made argument's type": (
-        GLIBC, "_waiting(_FUTEX, c_void_p", "§_waiting(_FUTEX, c_void_p", "argument 1 of syscall, _FUTEX, is c_int ",
+        GLIBC, "_waiting(_FUTEX, address, _WAIT, value", "§_waiting(_FUTEX, address, _WAIT, value",
+        "argument 1 of syscall, _FUTEX, is c_int ",
         ("_FUTEX = c_long(", "_FUTEX = c_int("),
     ),
     "an argument that nobody converts": (
-        GLIBC, "c_void_p(self._address + bell), _WAIT", "§(self._address + bell), _WAIT",
+        GLIBC, "_waiting(_FUTEX, address, _WAIT, value", "§_waiting(_FUTEX, self._address + bell, _WAIT, value",
         "argument 2 of syscall, self._address + bell, is no ready-made object of ctypes",
     ),
     "an argument shorter than int after the fixed ones": (

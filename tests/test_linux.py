@@ -79,7 +79,7 @@ def test_constants_are_those_of_the_kernels_headers():
         for name, value in defines + re.findall(r"(\w+)\s*= \(?([^,/\n]+?)\)?,", text):
             with contextlib.suppress(ValueError, SyntaxError, NameError):
                 found[name] = eval(value, {}, {})
-    for name in ("FUTEX_WAKE_OP", "FUTEX_WAIT_BITSET", "FUTEX_BITSET_MATCH_ANY", "FUTEX_OP_ADD"):
+    for name in ("FUTEX_WAKE_OP", "FUTEX_WAIT", "FUTEX_WAIT_BITSET", "FUTEX_BITSET_MATCH_ANY", "FUTEX_OP_ADD"):
         assert getattr(_linux, name) == found[name], name
     for name in ("MEMBARRIER_CMD_GLOBAL_EXPEDITED", "MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED"):
         assert getattr(_linux, name) == found[name], name
