@@ -444,8 +444,10 @@ class Reader:
             raise BufferError(still_used(self._segment.name))
         if borrowed.given and borrowed.lane is not None:
             self._free(borrowed.lane, borrowed.pos, borrowed.count)
-        elif borrowed.given and self._owed and self._owed[0] is borrowed.owed:
-            self._owed = self._owed[1:]
+        elif borrowed.given:
+            # The first of them, unless others have been given back meanwhile.
+            at = next((at for at, message in enumerate(self._owed) if message is borrowed.owed), len(self._owed))
+            self._owed = self._owed[:at] + self._owed[at + 1 :]
         self._borrowed = None
         assert self.parking is not None
         self.parking.wake()  # this handle's other threads, which waited for it
@@ -518,7 +520,7 @@ class Reader:
         if kind is ReadOne:
             return self._read_one(request)
         assert kind is GiveBack
-        self._owed = self._owed + request.messages
+        self._owed = request.messages + self._owed  # they were taken before those
         self._make_good()
         return None
 

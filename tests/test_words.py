@@ -293,6 +293,19 @@ def test_what_was_given_back_comes_first_and_was_never_out():
     assert drain(reader) == [b"2", b"3"]
 
 
+def test_what_is_given_back_once_more_comes_before_what_is_still_owed():
+    segment = FakeSegment()
+    writer, reader = Writer(segment), Reader(segment)
+    ask(writer, batch([b"1", b"2", b"3", b"4"]))
+    assert ask(reader, ReadBatch(3)) == [b"1", b"2", b"3"]
+    ask(reader, GiveBack([b"1", b"2", b"3"]))
+    assert ask(reader, None) == b"1"
+    ask(reader, GiveBack([b"1"]))
+    assert ask(reader, ReadBatch(2)) == [b"1", b"2"]
+    ask(reader, GiveBack([b"1", b"2"]))
+    assert drain(reader) == [b"1", b"2", b"3", b"4"]
+
+
 # ---------------------------------------------------------------- damage
 
 
