@@ -1213,6 +1213,7 @@ class Reservation(_InPlace):
         ring, request = self._ring, self._request
         if request.thread or request.ends:
             raise RuntimeError(ONCE)
+        self._side = ring._writer  # in a forked child, another one than when it was asked for
         request.thread = get_ident()
         try:
             wanted = ring._enter_writer(request)
@@ -1264,6 +1265,7 @@ class Borrowed(_InPlace):
         ring, request = self._ring, self._request
         if request.thread or request.ends:
             raise RuntimeError(ONCE)
+        self._side = ring._reader  # as in Reservation
         request.thread = get_ident()
         try:
             if ring._enter_reader(request) is None:

@@ -458,3 +458,20 @@ def test_a_forked_child_neither_publishes_nor_takes_what_its_parent_has_in_place
             room[:] = b"more"
             assert view == b"parent's"
         assert sorted(ring.read_many()) == [b"child's", b"more"]
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork here")
+def test_what_was_asked_for_before_a_fork_can_be_entered_after_it(name, children):
+    with Ring.create(name, 4096, writers=2) as ring:
+        reserved, borrowed = ring.reserve(7), ring.borrow()
+
+        def child():
+            with reserved as room:
+                room[:] = b"child's"
+            with borrowed as view:
+                assert view == b"child's"
+
+        assert children.join(children.fork(child)) == 0
+        with reserved as room:
+            room[:] = b"another"
+        assert ring.read_many() == [b"another"]
