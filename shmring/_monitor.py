@@ -54,8 +54,9 @@ BUSY: Final = _what_a_running_generator_says()
 class _Locked:
     """A generator where there is no GIL to keep a second thread out."""
 
-    def __init__(self, generator: Generator[Any, Any, None]) -> None:
+    def __init__(self, generator: Generator[Any, Any, None], undo: Callable[[Any], Any] | None) -> None:
         self._generator = generator
+        self._undo = undo
         self._lock = threading.RLock()  # re-entrant, so that the generator itself refuses re-entry
 
     @property
@@ -74,8 +75,16 @@ class _Locked:
         return self
 
     def __next__(self) -> Any:
-        with self._lock:
-            return next(self._generator)
+        answer = None
+        try:
+            with self._lock:
+                for answer in self._generator:  # not by next(): between the two no signal handler runs
+                    return answer
+            raise StopIteration
+        except BaseException:
+            if answer is not None and self._undo:  # a signal handler's, when the lock was given back
+                self.send(self._undo(answer))
+            raise
 
 
 class Monitor:
@@ -87,7 +96,14 @@ class Monitor:
             has ended; iterating sends None. `enter` is the answer to both.
     """
 
-    def __init__(self, function: Callable[[], Generator[Any, Any, None]], within: Sequence[Any] = ()) -> None:
+    def __init__(
+        self,
+        function: Callable[[], Generator[Any, Any, None]],
+        within: Sequence[Any] = (),
+        undo: Callable[[Any], Any] | None = None,
+    ) -> None:
+        """`undo` makes the request that takes back an answer to None: an exception kept it from who iterates."""
+        self._undo = undo
         self._function = function
         self._within = within  # whose `close` the generator calls: a thread that is in there must not wait here
         self._heirs: dict[ref[Any], Any] = {}  # which generator came after which, while a thread has the dead one
@@ -97,7 +113,7 @@ class Monitor:
     def _start(self) -> Any:
         generator = self._function()
         next(generator)
-        return generator if getattr(sys, "_is_gil_enabled", lambda: True)() else _Locked(generator)
+        return generator if getattr(sys, "_is_gil_enabled", lambda: True)() else _Locked(generator, self._undo)
 
     def enter(self, request: Any) -> Any:
         """Send `request`, waiting while another thread is inside (it never stays).

@@ -47,7 +47,7 @@ class Reader:
         self.slot = -1  # also while a claim is tried
         self.joined = 0  # with which number we did; no reader before or after has it
         self.parking: Parking | None = None
-        self.monitor = Monitor(self._steps)
+        self.monitor = Monitor(self._steps, undo=lambda message: GiveBack([message]))
 
     @property
     def claimed(self) -> bool:

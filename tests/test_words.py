@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import sys
 import threading
 import weakref
 
@@ -383,6 +384,34 @@ def test_a_monitor_refuses_its_own_thread_and_starts_anew_after_an_exception():
     monitor.close()
     with pytest.raises(MonitorClosed):
         monitor.enter(lambda: 1)
+
+
+def test_where_there_is_no_gil_an_exception_at_the_lock_loses_no_answer(monkeypatch):
+    class Interrupted:
+        """A lock at whose end a signal handler raises, once."""
+
+        left = 1
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            self.left -= 1
+            if self.left >= 0:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+    segment = FakeSegment()
+    writer, reader = Writer(segment), Reader(segment)
+    ask(writer, batch([b"1", b"2"]))
+    assert next(iter(reader.monitor.steps)) == b"1"
+    reader.monitor.steps._lock = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        next(reader.monitor.steps)
+    assert drain(reader) == [b"2"]
+    reader.monitor.close()
+    with pytest.raises(StopIteration):
+        next(reader.monitor.steps)
 
 
 def test_an_heir_that_another_thread_just_started_is_used_and_not_doubled():
