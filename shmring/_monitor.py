@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from typing import Any, Final
 from weakref import ref
 
@@ -48,28 +49,47 @@ def no_steps() -> Generator[None, Any, None]:
     yield
 
 
+STAY: Final = 0.001  # seconds that a thread waits for another one to leave before it looks whether it may
+
 BUSY: Final = _what_a_running_generator_says()
 
 
 class _Locked:
-    """A generator where there is no GIL to keep a second thread out."""
+    """A generator where there is no GIL to keep a second thread out. It is BUSY as any other, if not at once."""
 
-    def __init__(self, generator: Generator[Any, Any, None], undo: Callable[[Any], Any] | None) -> None:
+    def __init__(self, generator: Generator[Any, Any, None], take_back: Callable[[Any], None]) -> None:
         self._generator = generator
-        self._undo = undo
+        self._take_back = take_back
         self._lock = threading.RLock()  # re-entrant, so that the generator itself refuses re-entry
 
     @property
     def gi_frame(self) -> Any:
         return getattr(self._generator, "gi_frame")  # noqa: B009 - not in Generator's type
 
+    def _acquire(self) -> None:
+        # Not for ever: who is inside may wait for this thread, which is in a signal handler then and is to be refused.
+        if not self._lock.acquire(timeout=STAY):
+            raise ValueError(*BUSY)
+
+    def _release(self) -> None:
+        if getattr(self._lock, "_is_owned")():  # noqa: B009 - not in RLock's type
+            self._lock.release()
+
+    # Acquired inside of `try`: a signal handler's exception right after it, in a `with`, would leave it locked.
+
     def send(self, request: Any) -> Any:
-        with self._lock:
+        try:
+            self._acquire()
             return self._generator.send(request)
+        finally:
+            self._release()
 
     def close(self) -> None:
-        with self._lock:
+        try:
+            self._acquire()
             self._generator.close()
+        finally:
+            self._release()
 
     def __iter__(self) -> _Locked:
         return self
@@ -77,13 +97,16 @@ class _Locked:
     def __next__(self) -> Any:
         answer = None
         try:
-            with self._lock:
+            try:
+                self._acquire()
                 for answer in self._generator:  # not by next(): between the two no signal handler runs
                     return answer
+            finally:
+                self._release()
             raise StopIteration
         except BaseException:
-            if answer is not None and self._undo:  # a signal handler's, when the lock was given back
-                self.send(self._undo(answer))
+            if answer is not None:  # a signal handler's, when the lock was given back
+                self._take_back(answer)
             raise
 
 
@@ -113,7 +136,7 @@ class Monitor:
     def _start(self) -> Any:
         generator = self._function()
         next(generator)
-        return generator if getattr(sys, "_is_gil_enabled", lambda: True)() else _Locked(generator, self._undo)
+        return generator if getattr(sys, "_is_gil_enabled", lambda: True)() else _Locked(generator, self._take_back)
 
     def enter(self, request: Any) -> Any:
         """Send `request`, waiting while another thread is inside (it never stays).
@@ -132,6 +155,11 @@ class Monitor:
                 if error.args != BUSY:
                     raise
                 self._let_go()
+
+    def _take_back(self, answer: Any) -> None:
+        if self._undo is not None:
+            with suppress(MonitorClosed):  # nobody is left to get it
+                self.enter(self._undo(answer))
 
     def close(self) -> None:
         """End the generator once nobody is inside. Closing again does nothing.

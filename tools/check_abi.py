@@ -211,7 +211,8 @@ class World:
     ) -> Any:
         if level:
             return self.load(name) if name else SimpleNamespace(**{each: self.load(each) for each in fromlist or ()})
-        if name.partition(".")[0] == "ctypes" and name != "ctypes":
+        # _layout is what ctypes itself imports for a Structure, from Python 3.14 on; it goes by the fields' types.
+        if name.partition(".")[0] == "ctypes" and name not in ("ctypes", "ctypes._layout"):
             raise ImportError(f"{name} has this system's sizes: name what the target has")
         return self._played.get(name) or builtins.__import__(name, globals_, locals_, fromlist or (), level)
 
