@@ -54,6 +54,10 @@ STAY: Final = 0.001  # seconds that a thread waits for another one to leave befo
 BUSY: Final = _what_a_running_generator_says()
 
 
+def _nobody(answer: Any) -> None:
+    """What a closed generator gave cannot be taken back."""
+
+
 class _Locked:
     """A generator where there is no GIL to keep a second thread out. It is BUSY as any other, if not at once."""
 
@@ -88,6 +92,7 @@ class _Locked:
         try:
             self._acquire()
             self._generator.close()
+            self._take_back = _nobody  # it was a method of who has this one: a cycle
         finally:
             self._release()
 
@@ -136,7 +141,9 @@ class Monitor:
     def _start(self) -> Any:
         generator = self._function()
         next(generator)
-        return generator if getattr(sys, "_is_gil_enabled", lambda: True)() else _Locked(generator, self._take_back)
+        if getattr(sys, "_is_gil_enabled", lambda: True)():
+            return generator
+        return _Locked(generator, self._take_back if self._undo else _nobody)
 
     def enter(self, request: Any) -> Any:
         """Send `request`, waiting while another thread is inside (it never stays).
@@ -157,9 +164,9 @@ class Monitor:
                 self._let_go()
 
     def _take_back(self, answer: Any) -> None:
-        if self._undo is not None:
-            with suppress(MonitorClosed):  # nobody is left to get it
-                self.enter(self._undo(answer))
+        assert self._undo is not None
+        with suppress(MonitorClosed):  # nobody is left to get it
+            self.enter(self._undo(answer))
 
     def close(self) -> None:
         """End the generator once nobody is inside. Closing again does nothing.
