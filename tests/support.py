@@ -26,6 +26,7 @@ if DARWIN:
     import darwin_on_linux
 
     darwin_on_linux.take_over()
+GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
 DEADLINE = 60.0 if WINDOWS else 30.0  # seconds that anything a test waits for may take
 ERROR_INTERNAL_ERROR = 1359  # <winerror.h>
 SIGKILL = 9  # there is none on Windows, where os.kill ends a process with any number as its exit code

@@ -798,7 +798,7 @@ ENDS = {
         in_thread(sleep_until, mine, never).join(0.05), kill_yourself()
     ),
     "abort": lambda mine: (faulthandler.disable(), os.abort()),
-    "segmentation fault": lambda mine: (faulthandler.disable(), faulthandler._read_null()),
+    "segmentation fault": lambda mine: (faulthandler.disable(), faulthandler._sigsegv()),
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import textwrap
 import pytest
 from conftest import DEADLINE, WINDOWS, segments
 from counts import is_left
+from support import GIL
 
 BEGIN = """
 import atexit, builtins, contextvars, faulthandler, gc, multiprocessing, os, signal, sys, threading, time
@@ -127,6 +128,8 @@ PLACES = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_ring_that_is_open_at_the_end(run, place):
+    if not GIL and place == "a finalizer of a global":
+        pytest.skip("without a GIL the ring's own finalizer may come first, and it is closed then")
     assert run(PLACES[place]) == ""
 
 
