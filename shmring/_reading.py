@@ -86,11 +86,13 @@ class Reader:
 
     def _can_take(self) -> bool:
         """Is there something in the ring? For `nothing`."""
+        if self._another_used():  # first: another thread may have taken up a lane when we have looked at those we knew
+            return True
         words = self._segment.words
         for lane in self._lanes:
             if words[lane.write_pos] not in (lane.pos, words[lane.read_pos]) and not lane.damage:
                 return True
-        return self._another_used()
+        return False
 
     def _another_used(self) -> bool:
         """Has a lane come into use that is not known yet?"""
@@ -417,7 +419,7 @@ class Reader:
         """What the caller does with the view is the copy of the record that comes before R3."""
         capacity = self._segment.layout.capacity
         if self._owed:
-            request.owed = self._owed[0]
+            request.owed, request.behind = self._owed[0], len(self._owed)
             request.view = memoryview(request.owed)
             self._borrowed = request
             return request.view
@@ -445,9 +447,9 @@ class Reader:
         if borrowed.given and borrowed.lane is not None:
             self._free(borrowed.lane, borrowed.pos, borrowed.count)
         elif borrowed.given:
-            # The first of them, unless others have been given back meanwhile.
-            at = next((at for at, message in enumerate(self._owed) if message is borrowed.owed), len(self._owed))
-            self._owed = self._owed[:at] + self._owed[at + 1 :]
+            at = len(self._owed) - borrowed.behind  # what was given back meanwhile is in front of it
+            if at >= 0 and self._owed[at] is borrowed.owed:
+                self._owed = self._owed[:at] + self._owed[at + 1 :]
         self._borrowed = None
         assert self.parking is not None
         self.parking.wake()  # this handle's other threads, which waited for it

@@ -151,10 +151,11 @@ class Borrow(InPlace):
     Attributes:
         given: The caller has the view: it is consumed in the end, whatever comes. Else it stays.
         pos, count: What is read of the lane, and how many messages, once it is consumed.
+        behind: Or how many are owed, with it.
     """
 
     lane: Lane | None = None
-    pos = count = 0
+    pos = count = behind = 0
     owed: bytes | None = None
     given = False
 

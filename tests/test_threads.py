@@ -221,6 +221,25 @@ def test_a_handler_that_closes_what_another_thread_closes_is_refused(name, monke
     assert closing[0].result() is None and refused == [True] and ring.closed
 
 
+def test_who_looks_whether_it_may_sleep_sees_a_lane_that_another_thread_takes_up_meanwhile(ring):
+    """It has looked at the lanes that the handle knew, and then it is not new to the handle any more."""
+    class Lanes(list):
+        """At the end of the first look at them, another thread has taken one up, and one of its two messages."""
+
+        looked = False
+
+        def __iter__(self):
+            yield from super().__iter__()
+            if not self.looked:
+                self.looked = True
+                assert Thread(ring.try_read).result() == b"1"
+
+    ring.join()
+    ring._reader._lanes = Lanes()
+    ring.write_many([b"1", b"2"])
+    assert not ring._reader.nothing()
+
+
 def test_a_message_that_another_thread_reads_before_an_interrupted_call_gives_it_back_comes_once(ring, monkeypatch):
     got, real_free, real_give_back = [], _reading.Reader._free, _reading.Reader.give_back
 
