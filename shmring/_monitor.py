@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import Any, Final
 from weakref import ref
 
@@ -66,52 +67,44 @@ class _Locked:
         self._take_back = take_back
         self._lock = threading.RLock()  # re-entrant, so that the generator itself refuses re-entry
 
-    @property
-    def gi_frame(self) -> Any:
-        return getattr(self._generator, "gi_frame")  # noqa: B009 - not in Generator's type
+    def is_ours(self) -> bool:
+        """Is this thread inside, further up its stack, or just coming or going?"""
+        return bool(getattr(self._lock, "_is_owned")())  # noqa: B009 - not in RLock's type
 
-    def _acquire(self) -> None:
-        # Not for ever: who is inside may wait for this thread, which is in a signal handler then and is to be refused.
-        if not self._lock.acquire(timeout=STAY):
-            raise ValueError(*BUSY)
-
-    def _release(self) -> None:
-        if getattr(self._lock, "_is_owned")():  # noqa: B009 - not in RLock's type
-            self._lock.release()
-
-    # Acquired inside of `try`: a signal handler's exception right after it, in a `with`, would leave it locked.
+    def _run(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        entered = False
+        try:
+            # Not by a call: between one and its result's use a signal handler may run, whose exception would leave it
+            # locked. And not for ever: who is inside may wait for this thread, which is to be refused then.
+            (entered,) = map(self._lock.acquire, (True,), (STAY,))
+            if entered:
+                return call(*arguments)
+        finally:
+            if entered:
+                self._lock.release()
+        raise ValueError(*BUSY)
 
     def send(self, request: Any) -> Any:
-        try:
-            self._acquire()
-            return self._generator.send(request)
-        finally:
-            self._release()
+        return self._run(self._generator.send, request)
 
     def close(self) -> None:
-        try:
-            self._acquire()
-            self._generator.close()
-            self._take_back = _nobody  # it was a method of who has this one: a cycle
-        finally:
-            self._release()
+        self._run(self._generator.close)
+        self._take_back = _nobody  # it was a method of who has this one: a cycle
 
     def __iter__(self) -> _Locked:
         return self
 
     def __next__(self) -> Any:
-        answer = None
+        answers: list[Any] = []  # from the generator into it in one step, so that none is lost
         try:
-            try:
-                self._acquire()
-                for answer in self._generator:  # not by next(): between the two no signal handler runs
-                    return answer
-            finally:
-                self._release()
-            raise StopIteration
+            self._run(answers.extend, islice(self._generator, 1))
+            if not answers:
+                raise StopIteration
+            return answers[0]
         except BaseException:
-            if answer is not None:  # a signal handler's, when the lock was given back
-                self._take_back(answer)
+            for answer in answers:
+                if answer is not None:
+                    self._take_back(answer)
             raise
 
 
@@ -161,6 +154,8 @@ class Monitor:
             except ValueError as error:
                 if error.args != BUSY:
                     raise
+                if self._closed:  # after a fork a lock may be held by a thread that is not there
+                    raise MonitorClosed from None
                 self._let_go()
 
     def _take_back(self, answer: Any) -> None:
@@ -205,16 +200,24 @@ class Monitor:
 
     def refuse_reentry(self) -> None:
         """Raise RuntimeError if this thread is inside, further up its stack."""
-        inside = self.steps.gi_frame
+        if self._is_ours():
+            raise RuntimeError(
+                "a ring was used by a thread that is inside an operation on it already (from a signal handler?)"
+            ) from None
+        for other in self._within:
+            other.refuse_reentry()
+
+    def _is_ours(self) -> bool:
+        steps = self.steps
+        if isinstance(steps, _Locked):
+            return steps.is_ours()
+        inside = steps.gi_frame
         frame: Any = sys._getframe()
         while frame is not None:
             if frame is inside:
-                raise RuntimeError(
-                    "a ring was used by a thread that is inside an operation on it already (from a signal handler?)"
-                ) from None
+                return True
             frame = frame.f_back
-        for other in self._within:
-            other.refuse_reentry()
+        return False
 
     def _let_go(self) -> None:
         """Let the thread that is inside go on, unless it is this one."""

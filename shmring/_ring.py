@@ -494,8 +494,7 @@ class Ring:
                 if reader is None:
                     deadline = _deadline(timeout)
                     tight_until = now + TIGHT
-                    spin = self._read_spin.seconds()
-                    spin_until = _earlier(now + spin, deadline) if spin else 0.0
+                    spin_until = _earlier(now + self._read_spin.seconds(), deadline)
                 reader = self._reader
                 if now < spin_until or reader.was_refused:
                     if now > tight_until:

@@ -798,7 +798,9 @@ ENDS = {
         in_thread(sleep_until, mine, never).join(0.05), kill_yourself()
     ),
     "abort": lambda mine: (faulthandler.disable(), os.abort()),
-    "segmentation fault": lambda mine: (faulthandler.disable(), faulthandler._sigsegv()),
+    "segmentation fault": lambda mine: (
+        faulthandler.disable(), getattr(faulthandler, "_read_null", faulthandler._sigsegv)()  # until Python 3.14
+    ),
 }  # fmt: skip
 
 

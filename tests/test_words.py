@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 import gc
+import random
+import signal
 import sys
 import threading
 import weakref
+from contextlib import suppress
 
 import pytest
-from conftest import DEADLINE
+from conftest import DEADLINE, WINDOWS
 from fakes import FakeSegment, ask, batch, hooks_end  # noqa: F401 - a fixture
 
-from shmring import BufferTooSmall, MessageTooLarge, RingBusy, RingCorrupted, _layout
+from shmring import BufferTooSmall, MessageTooLarge, Ring, RingBusy, RingCorrupted, _layout
 from shmring._lanes import BURST
 from shmring._layout import PADDING
 from shmring._monitor import Monitor, MonitorClosed
@@ -386,35 +389,147 @@ def test_a_monitor_refuses_its_own_thread_and_starts_anew_after_an_exception():
         monitor.enter(lambda: 1)
 
 
-def test_where_there_is_no_gil_an_exception_at_the_lock_loses_no_answer(monkeypatch):
-    class Interrupted:
-        """A lock at whose end a signal handler raises, once."""
-
-        left = 1
-
-        def acquire(self, timeout):
-            return True
-
-        def _is_owned(self):
-            return True
-
-        def release(self):
-            self.left -= 1
-            if self.left >= 0:
-                raise KeyboardInterrupt
-
+@pytest.fixture
+def no_gil(monkeypatch):
+    """Monitors are as where there is no GIL."""
     monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+
+
+class Lock:
+    """An RLock at which something happens once: before or after it is acquired or released."""
+
+    def __init__(self, when, what):
+        self._lock, self._when, self._what = threading.RLock(), when, what
+        self._is_owned = self._lock._is_owned
+
+    def _now(self, when):
+        if when == self._when:
+            self._when = None
+            self._what()
+
+    def acquire(self, *args):
+        self._now("before it is acquired")
+        acquired = self._lock.acquire(*args)
+        self._now("after it is acquired")
+        return acquired
+
+    def release(self):
+        self._now("before it is released")
+        self._lock.release()
+        self._now("after it is released")
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_where_there_is_no_gil_an_exception_at_the_lock_loses_no_answer(no_gil):
     segment = FakeSegment()
     writer, reader = Writer(segment), Reader(segment)
     ask(writer, batch([b"1", b"2"]))
     assert next(iter(reader.monitor.steps)) == b"1"
-    reader.monitor.steps._lock = Interrupted()
+    reader.monitor.steps._lock = Lock("after it is released", interrupt)
     with pytest.raises(KeyboardInterrupt):
         next(reader.monitor.steps)
     assert drain(reader) == [b"2"]
     reader.monitor.close()
     with pytest.raises(StopIteration):
         next(reader.monitor.steps)
+
+
+def test_where_there_is_no_gil_who_fails_to_come_in_does_not_let_others_in(no_gil):
+    """It is inside already, by a call of the same thread further up."""
+    lock = Lock("", interrupt)
+    owned = []
+
+    def steps():
+        request = yield
+        lock._when = "before it is acquired"
+        with pytest.raises(KeyboardInterrupt):
+            monitor.enter(request)
+        owned.append(lock._is_owned())
+        yield
+
+    monitor = Monitor(steps)
+    monitor.steps._lock = lock
+    monitor.enter(1)
+    assert owned == [True] and not lock._is_owned()
+
+
+@pytest.mark.parametrize("when", ["after it is acquired", "before it is released"])
+def test_where_there_is_no_gil_who_is_about_to_enter_or_leave_is_inside(no_gil, when):
+    """Else two threads that close would wait for each other: one in a signal handler there, one for it to leave."""
+
+    def steps():
+        while True:
+            yield
+
+    def use():
+        with pytest.raises(RuntimeError, match="signal handler"):
+            monitor.close()
+        refused.append(True)
+
+    refused = []
+    monitor = Monitor(steps)
+    monitor.steps._lock = Lock(when, use)
+    monitor.enter(1)
+    assert refused == [True]
+    monitor.close()
+
+
+def test_where_there_is_no_gil_what_is_closed_says_so_though_its_lock_is_held(no_gil):
+    """As in a forked child, whose parent had another thread in it."""
+
+    def steps():
+        yield
+
+    monitor = Monitor(steps)
+    monitor.close()
+    thread = threading.Thread(target=monitor.steps._lock.acquire)
+    thread.start()
+    thread.join()
+    with pytest.raises(MonitorClosed):
+        monitor.enter(1)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="before 3.11 a handler may run between any two bytecodes")
+@pytest.mark.skipif(WINDOWS, reason="no timers that raise signals")
+@pytest.mark.parametrize("way", ["as it comes", "by a request", "many"])
+def test_where_there_is_no_gil_a_signal_at_any_moment_leaves_nothing_locked_and_loses_nothing(name, no_gil, way):
+    class Interrupt(Exception):
+        """A signal handler's."""
+
+    armed = False
+
+    def handler(*_):
+        nonlocal armed, interrupted
+        if armed:
+            armed, interrupted = False, interrupted + 1
+            raise Interrupt
+
+    written = interrupted = 0
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        with Ring.create(name, 4096) as ring:
+            while interrupted < 300:
+                due = [b"%d" % number for number in range(written, written + 20)]
+                written += ring.write_many(due)
+                got = []
+                while len(got) < len(due):
+                    signal.setitimer(signal.ITIMER_REAL, random.uniform(2e-6, 3e-4))
+                    with suppress(Interrupt):
+                        armed = True
+                        while len(got) < len(due):
+                            if way == "many":
+                                got += ring.read_many(7)
+                            else:
+                                got += [ring.read() if way == "as it comes" else ring.read(max_len=9)]
+                        armed = False
+                assert got == due
+                assert not ring._reader.monitor.steps.is_ours()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_an_heir_that_another_thread_just_started_is_used_and_not_doubled():
@@ -479,4 +594,4 @@ def test_a_monitor_that_is_closed_while_an_heir_is_started_ends_it():
     monitor._start = start_late
     with pytest.raises(MonitorClosed):
         monitor._start_anew(dead)
-    assert heirs[0].gi_frame is None
+    assert getattr(heirs[0], "_generator", heirs[0]).gi_frame is None
