@@ -499,7 +499,7 @@ def test_where_there_is_no_gil_a_signal_at_any_moment_leaves_nothing_locked_and_
     class Interrupt(Exception):
         """A signal handler's."""
 
-    armed = False
+    armed, interrupted, written = False, 0, 0
 
     def handler(*_):
         nonlocal armed, interrupted
@@ -507,7 +507,17 @@ def test_where_there_is_no_gil_a_signal_at_any_moment_leaves_nothing_locked_and_
             armed, interrupted = False, interrupted + 1
             raise Interrupt
 
-    written = interrupted = 0
+    def take(due, got):
+        nonlocal armed
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(2e-6, 3e-4))
+        armed = True
+        while len(got) < len(due):
+            if way == "many":
+                got += ring.read_many(7)
+            else:
+                got += [ring.read() if way == "as it comes" else ring.read(max_len=9)]
+        armed = False
+
     before = signal.signal(signal.SIGALRM, handler)
     try:
         with Ring.create(name, 4096) as ring:
@@ -516,15 +526,8 @@ def test_where_there_is_no_gil_a_signal_at_any_moment_leaves_nothing_locked_and_
                 written += ring.write_many(due)
                 got = []
                 while len(got) < len(due):
-                    signal.setitimer(signal.ITIMER_REAL, random.uniform(2e-6, 3e-4))
                     with suppress(Interrupt):
-                        armed = True
-                        while len(got) < len(due):
-                            if way == "many":
-                                got += ring.read_many(7)
-                            else:
-                                got += [ring.read() if way == "as it comes" else ring.read(max_len=9)]
-                        armed = False
+                        take(due, got)
                 assert got == due
                 assert not ring._reader.monitor.steps.is_ours()
     finally:
