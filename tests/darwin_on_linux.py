@@ -303,7 +303,7 @@ def kevent(kind):
             milliseconds = min(seconds * 1000 + -(-nanoseconds // 10**6), (1 << 31) - 1)
         buffer = ctypes.create_string_buffer(_EVENT.size * nevents)
         count = _called(wait, fd, buffer, nevents, milliseconds)  # EINTR is left to the caller
-        keys = {number: key for key, number in queue.items()}
+        keys = {number: key for key, number in list(queue.items())}  # others may change it meanwhile
         ready = [keys.get(_EVENT.unpack_from(buffer, i * _EVENT.size)[1]) for i in range(count)]
         ready = [key for key in ready if key is not None]  # the others were closed meanwhile
         found = ctypes.cast(events, ctypes.POINTER(Kevent))

@@ -387,12 +387,13 @@ def test_who_was_rung_and_leaves_has_another_woken(ring, opened, unhelped, leavi
     """It is awake for the message, which somebody else gets instead, at once."""
     one, two = opened(), opened()
     has_written(ring)
-    rung, go = threading.Event(), threading.Event()
+    rung, looks, go = threading.Event(), threading.Event(), threading.Event()
     enter = one._enter_reader
 
     def last_look(request):
         """Rung, it does not come to its next look in time."""
         if rung.is_set():
+            looks.set()
             go.wait(DEADLINE)
             if leaving == "interrupted":
                 raise KeyboardInterrupt
@@ -422,6 +423,7 @@ def test_who_was_rung_and_leaves_has_another_woken(ring, opened, unhelped, leavi
     if leaving == "its time is up":
         time.sleep(0.5)
     if leaving == "close":
+        assert looks.wait(DEADLINE)  # or it would still take the message
         del one._enter_reader
         one.close()
     go.set()
