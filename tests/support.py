@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import io
 import marshal
 import mmap
@@ -30,6 +30,14 @@ GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
 DEADLINE = 60.0 if WINDOWS else 30.0  # seconds that anything a test waits for may take
 ERROR_INTERNAL_ERROR = 1359  # <winerror.h>
 SIGKILL = 9  # there is none on Windows, where os.kill ends a process with any number as its exit code
+
+
+def load_tool(name):
+    """A program of tools/ as a module: that is no package, and not on the path."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def wait_until(condition, what="the condition"):

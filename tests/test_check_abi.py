@@ -8,19 +8,12 @@ import shutil
 import sys
 
 import pytest
-from support import ROOT
+from support import ROOT, load_tool
 
 PACKAGE = ROOT / "shmring"
 
 
-def load_tool():
-    spec = importlib.util.spec_from_file_location("check_abi", ROOT / "tools" / "check_abi.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-check_abi = load_tool()
+check_abi = load_tool("check_abi")
 ZIG = check_abi.find_zig()
 BACKENDS = {platform: name for platform, name in check_abi.BACKENDS.items() if (PACKAGE / f"{name}.py").exists()}
 TARGETS = [target for target in check_abi.TARGETS if target.platform in BACKENDS]

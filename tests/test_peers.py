@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +11,7 @@ import textwrap
 
 import pytest
 from conftest import DEADLINE, ROOT, WINDOWS
+from support import load_tool
 
 # Stand-ins for packages, over pipes of the standard library. Processes that are started read this as well.
 FAKES = """
@@ -235,9 +235,7 @@ def test_the_bare_ring_carries_each_message_of_each_size(run):
 
 @pytest.mark.parametrize("size", [64, 1 << 20])
 def test_a_bare_ring_that_is_full_takes_no_more(tmp_path, size):
-    spec = importlib.util.spec_from_file_location("peers", ROOT / "tools" / "peers.py")
-    peers = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(peers)
+    peers = load_tool("peers")
     bare = peers.Bare("bare", str(tmp_path))
     bare.listen(size)
     bare.connect(size)

@@ -223,6 +223,7 @@ def test_a_handler_that_closes_what_another_thread_closes_is_refused(name, monke
 
 def test_who_looks_whether_it_may_sleep_sees_a_lane_that_another_thread_takes_up_meanwhile(ring):
     """It has looked at the lanes that the handle knew, and then it is not new to the handle any more."""
+
     class Lanes(list):
         """At the end of the first look at them, another thread has taken one up, and one of its two messages."""
 
