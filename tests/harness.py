@@ -670,9 +670,11 @@ class Victims:
         steps = random.Random(k).randrange(INSTRUCTIONS)
         for _ in range(steps):
             if not os.WIFSTOPPED(status):
-                return status  # it was over before
+                break
             ptrace(PTRACE_SINGLESTEP, pid, None, None)
             _, status = os.waitpid(pid, 0)
+        if not os.WIFSTOPPED(status):
+            return status  # it was over before
         say(f"at instruction {steps} from there")
         os.kill(pid, signal.SIGKILL)
         return os.waitpid(pid, 0)[1]
@@ -728,9 +730,11 @@ class Victims:
             while not select.select([self._heard], [], [], 0.001)[0]:
                 if self.pid:
                     stage.look(self.pid)
-            data = os.read(self._heard, 65536)
+            data = b""
             while not data.endswith(b"\n"):
-                data += os.read(self._heard, 65536)
+                more = os.read(self._heard, 65536)
+                assert more, "the victim's parent has ended"
+                data += more
             self._lines += data.decode().splitlines()
 
 
