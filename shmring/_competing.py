@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from . import _layout
 from ._errors import RingBusy
-from ._lanes import JOINED, PACKED, Lane, run_of, split_mixed, split_run
+from ._lanes import PACKED, Lane, run_of, split_mixed, split_run
 from ._layout import RECORD_HEADER, record_bytes
 from ._parking import ReaderBells
 from ._reading import Reader
@@ -19,6 +19,7 @@ from ._words import POSITIONS, WORD, Segment, can_be
 PATIENCE: Final = 200  # times that a competing reader leaves the turn to another one, one after another
 IDLE: Final = 10  # of these, each time that the other one has not taken anything meanwhile
 AHEAD: Final = 64  # messages that a competing reader copies before it knows whether it gets them
+AHEAD_BYTES: Final = 16384  # that these take at most, where they are several
 NOWHERE: Final = WORD + 1  # no lane comes to it, however damaged
 HAS: Final = 1  # in `turn`: who wanted it has it
 
@@ -201,12 +202,12 @@ class CompetingReader(Reader):
         if after == limit or size > PACKED or most == 1:
             messages = (ring[at + RECORD_HEADER : at + RECORD_HEADER + size],)  # R2
         else:
-            limit = min(limit, at + JOINED)
+            limit = min(limit, at + AHEAD_BYTES)
             run = run_of(words, at, size, min(most, (limit - at) // step))
             if run > 1:
                 messages = split_run(ring, at, run, size)  # R2
             else:
-                messages, _ = split_mixed(words, ring, at, limit, most)  # R2
+                messages, _ = split_mixed(words, ring, at, limit, limit, most)  # R2
                 step = 0
         if self._order:
             self._order()  # ORDER R2 before read_pos, by which they are taken

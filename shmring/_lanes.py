@@ -10,7 +10,6 @@ import mmap
 import struct
 from collections.abc import Callable
 from functools import lru_cache
-from itertools import islice
 from typing import Any, Final
 
 from . import _layout
@@ -18,8 +17,9 @@ from ._layout import MARKS, PADDING, RECORD_HEADER, Layout, record_bytes
 from ._words import Fence
 
 PACKED: Final = 1024  # bytes; messages up to this go in by struct, one call for length and payload
-JOINED: Final = 16384  # bytes; longer ones are not worth joining, which copies them once more
+JOINED: Final = 4096  # bytes; longer ones are not worth joining, which copies them once more
 BURST: Final = 65536  # bytes that are published, or copied out, in one go at most
+LENGTHS: Final = 1024  # of records that are looked at in one go
 BLOCKS: Final = (64, 8, 1)  # records that one struct takes apart: many take a quarter of the time of one at a time
 
 _LENGTH = struct.Struct("=Q")
@@ -33,20 +33,6 @@ def join_run(messages: list[Any], size: int) -> bytes:
     """Messages that all have this `size`, as records. In C, at some 30 ns a message."""
     header, gap = _LENGTH.pack(size), _GAPS[size & 7]
     return header + (gap + header).join(messages) + gap
-
-
-def join_mixed(messages: list[Any], start: int, room: int) -> tuple[bytes, int]:
-    """As many of ``messages[start:]`` as fit into `room` bytes, as records, and how many these are."""
-    parts: list[Any] = []
-    taken = 0
-    for message in islice(messages, start, None):
-        size = len(message)
-        room -= record_bytes(size)
-        if room < 0:
-            break
-        parts += _LENGTH.pack(size), message, _GAPS[size & 7]
-        taken += 1
-    return b"".join(parts), taken
 
 
 def split_run(buffer: Any, at: int, run: int, size: int) -> list[bytes]:
@@ -63,17 +49,17 @@ def split_run(buffer: Any, at: int, run: int, size: int) -> list[bytes]:
     return messages
 
 
-def split_mixed(words: memoryview, buffer: Any, at: int, stop: int, most: int) -> tuple[list[bytes], int]:
+def split_mixed(words: memoryview, buffer: Any, at: int, stop: int, limit: int, most: int) -> tuple[list[bytes], int]:
     """The messages in the records from `at` on, at most `most`, and how many bytes they take.
 
-    It ends before `stop`, and before what is no record that ends there.
+    It ends with one that begins before `stop`, and before what is no record that ends at `limit` or before.
     """
     messages: list[bytes] = []
-    start = at
+    start, stop = at, min(stop, limit)
     while at < stop and len(messages) < most:
         size = words[at >> 3]
         after = at + RECORD_HEADER + (size + 7 & ~7)  # written out, as this is done for each message
-        if after > stop:
+        if after > limit:
             break
         step = after - at
         fourth = at + 3 * step
@@ -90,18 +76,23 @@ def split_mixed(words: memoryview, buffer: Any, at: int, stop: int, most: int) -
 
 def run_of(words: memoryview, at: int, size: int, most: int) -> int:
     """How many records from `at` on, at most `most`, have this `size`, as the first one has."""
-    start, stride, looked_at = at >> 3, record_bytes(size) >> 3, 8
+    start, stride = at >> 3, record_bytes(size) >> 3
     if most < 2 or words[start + stride] != size:
         return 1
-    while True:
-        # A few first: most runs are long, or short.
-        looked_at = min(looked_at, most)
-        sizes = words[start : start + looked_at * stride : stride].tolist()
-        if sizes.count(size) != looked_at:
-            return next(i for i, other in enumerate(sizes) if other != size)
-        if looked_at == most:
-            return most
-        looked_at *= 16
+    run, some, same = 0, 8, _lengths(size)  # a few first: most runs are long, or short
+    while run < most:
+        some = min(some, most - run)
+        lengths = words[start + run * stride : start + (run + some) * stride : stride]
+        if lengths != same[:some]:  # half of the time that it takes to make numbers of them and to count these
+            return run + next((i for i, other in enumerate(lengths) if other != size), some)
+        run += some
+        some = LENGTHS
+    return run
+
+
+@lru_cache(maxsize=32)
+def _lengths(size: int) -> memoryview:
+    return memoryview(_LENGTH.pack(size) * LENGTHS).cast("Q")
 
 
 @lru_cache(maxsize=PACKED + 1)

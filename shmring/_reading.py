@@ -107,8 +107,8 @@ class Reader:
         words = self._segment.words
         before, owed = request.owed
         lost = owed if before is not None and before is not self._owed else []
-        for read_pos, pos, messages in request.taken:
-            if words[read_pos] >= pos:
+        for lane, pos, messages in request.taken:
+            if words[lane.read_pos] >= pos:
                 lost = lost + [bytes(message) for message in messages]  # from the caller's buffer, or as it is
         if lost:
             with suppress(MonitorClosed):  # nobody is left to get them
@@ -401,7 +401,7 @@ class Reader:
         if self._drops and self._lapped(lane, lane.pos):
             return self._read_one(request)
         pos += record_bytes(size)
-        request.taken.append((lane.read_pos, pos, [message]))
+        request.taken.append((lane, pos, [message]))
         self._last = lane.number
         self._free(lane, pos, lane.count + 1)
         return message if request.view is None else size
@@ -466,46 +466,46 @@ class Reader:
     def _read_batch(self, request: ReadBatch) -> list[bytes] | None:
         segment, capacity, most = self._segment, self._segment.layout.capacity, request.most
         batch = self._take_owed(request, most) if self._owed else []
-        taken = []
+        request.taken = []  # of an earlier try there is at most padding
         for lane in reversed(self._look()):
             if len(batch) >= most:
                 break
-            pos, count = lane.pos, lane.count
+            pos = lane.pos
             messages: list[bytes] = []
-            size = 0
-            while len(batch) + len(messages) < most:
-                start = pos
-                pos, size = self._record(lane, pos)
-                if self._drops and self._lapped(lane, start):
-                    pos, size = start, 0  # what was taken for padding, or for damage, may be a message's bytes
-                    break
-                if pos == lane.end or size < 0:
-                    break
+            size = 0  # of the record at `pos`, if that was looked at on its own; -1 if it is damaged
+            while pos != lane.end and len(batch) + len(messages) < most:
                 at = lane.first + pos % capacity
-                stop = at + min(lane.end - pos, lane.top - at, max(BURST, record_bytes(size)))
+                stop, limit = at + BURST, min(at + lane.end - pos, lane.top)
                 room = most - len(batch) - len(messages)
                 if self._drops:
                     # Writers wait for nobody: copied as it is first, which takes a hundredth of the time.
-                    records = segment.map[at:stop]  # R2
-                    if self._lapped(lane, start):
-                        pos = start
+                    records = segment.map[at : min(max(stop, at + record_bytes(size)), limit)]  # R2
+                    if self._lapped(lane, pos):
                         break
-                    several, nbytes = split_mixed(memoryview(records).cast("Q"), records, 0, stop - at, room)
+                    nbytes = len(records)
+                    several, nbytes = split_mixed(memoryview(records).cast("Q"), records, 0, nbytes, nbytes, room)
                 else:
-                    several, nbytes = split_mixed(segment.words, segment.map, at, stop, room)  # R2
-                messages += several
-                pos += nbytes
-                count += len(several)
+                    several, nbytes = split_mixed(segment.words, segment.map, at, stop, limit, room)  # R2
+                if several:
+                    messages += several
+                    pos += nbytes
+                    continue
+                start = pos
+                pos, size = self._record(lane, pos)  # after padding, or one that is longer than a burst, or damaged
+                if self._drops and self._lapped(lane, start):
+                    pos, size = start, 0  # it was looked at too late
+                    break
+                if size < 0:
+                    break
             if self._drops and self._lapped(lane, pos) and not batch and not messages:
                 return self._read_batch(request)
             if size < 0 and not batch and not messages:
                 raise self._bad_length(lane, pos)  # only once everything whole has been handed over
             batch = batch + messages
-            taken.append((lane, pos, count))
-            request.taken.append((lane.read_pos, pos, messages))
-        for lane, pos, count in taken:
+            request.taken.append((lane, pos, messages))
+        for lane, pos, messages in request.taken:
             self._last = lane.number
-            self._free(lane, pos, count)
+            self._free(lane, pos, lane.count + len(messages))
         return batch or None
 
     def _serve(self, request: Any) -> Any:

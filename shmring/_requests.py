@@ -107,19 +107,19 @@ class ReadRequest:
     So nothing is lost if an exception keeps the answer from the caller; see `Reader.give_back`.
 
     Attributes:
-        taken: What each lane's read_pos comes to, and the messages that are out of the ring once it has.
+        taken: Of each lane, what its read_pos comes to, and the messages that are out of the ring once it has.
         owed: The list of owed messages before, and those taken from it.
     """
 
     __slots__ = ("owed", "taken")
 
     def __init__(self) -> None:
-        self.taken: list[tuple[int, int, list[bytes]]] = []
+        self.taken: list[tuple[Lane, int, list[bytes]]] = []
         self.owed: tuple[list[bytes] | None, list[bytes]] = None, []
 
     def settle(self, words: memoryview, owed: list[bytes]) -> None:
         """Forget what did not happen, while nobody else can make it happen."""
-        self.taken = [entry for entry in self.taken if words[entry[0]] >= entry[1]]
+        self.taken = [entry for entry in self.taken if words[entry[0].read_pos] >= entry[1]]
         if self.owed[0] is owed:
             self.owed = None, []
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import _layout
 from ._errors import MessageTooLarge, RingBusy, RingCorrupted
-from ._lanes import BURST, JOINED, PACKED, count_records, find_mark, join_mixed, join_run, packer
+from ._lanes import BURST, JOINED, PACKED, count_records, find_mark, join_run, packer
 from ._layout import MARKS, PADDING, RECORD_HEADER, place, record_bytes, round_up
 from ._monitor import Monitor
 from ._parking import Parking, ReaderBells
@@ -315,23 +315,40 @@ class Writer:
             if wanted:
                 return wanted
             at = first + pos % capacity
-            room = min(free - pos, BURST)
-            if size > JOINED:
-                taken, nbytes = 1, step
-                segment.words[at >> 3] = size
-                segment.map[at + RECORD_HEADER : at + RECORD_HEADER + size] = messages[batch.done]  # W2
-            else:
-                if batch.size >= 0:
-                    run = messages[batch.done : batch.done + room // step]
-                    records, taken = join_run(run, size), len(run)
-                else:
-                    records, taken = join_mixed(messages, batch.done, room)
+            stop = at + min(free - pos, max(BURST, step))
+            if 0 <= batch.size <= JOINED:
+                run = messages[batch.done : batch.done + (stop - at) // step]
+                records, taken = join_run(run, size), len(run)
                 nbytes = len(records)
                 segment.map[at : at + nbytes] = records  # W2
+            else:
+                taken, nbytes = self._store(messages, batch.done, at, stop)
             pos += nbytes
             self._publish(pos, taken)
             batch.done += taken
         return None
+
+    def _store(self, messages: list[Any], first: int, at: int, stop: int) -> tuple[int, int]:
+        """Store ``messages[first:]`` from one place in the segment to another, as many as fit.
+
+        One by one: to join them takes longer where they have several sizes, or are long.
+
+        Returns:
+            How many, and how many bytes these take.
+        """
+        words, ring = self._segment.words, self._segment.map
+        number, start = first, at
+        while number < len(messages):
+            message = messages[number]
+            size = len(message)
+            after = at + RECORD_HEADER + (size + 7 & ~7)  # as in split_mixed
+            if after > stop:
+                break
+            words[at >> 3] = size  # W2
+            ring[at + RECORD_HEADER : at + RECORD_HEADER + size] = message  # W2
+            number += 1
+            at = after
+        return number - first, at - start
 
     def _steps(self) -> Generator[Any, Any, None]:
         segment = self._segment
