@@ -16,6 +16,7 @@ import fcntl
 import gc
 import mmap
 import os
+import platform
 import re
 import resource
 import signal
@@ -25,6 +26,7 @@ import time
 from pathlib import Path
 
 from conftest import DEADLINE, descriptors, namespaces, segments, wait_until
+from support import GIL
 
 from shmring import Ring, RingBusy, RingTimeout, _layout, _linux, _ring, unlink
 
@@ -1272,3 +1274,29 @@ def test_what_only_looks_like_a_doorbell_is_left_alone(name):
         for entry in os.listdir("/dev/shm"):
             if entry.startswith(f"shmbell.{name}"):
                 os.unlink(f"/dev/shm/{entry}")
+
+
+# ---------------------------------------------------------------- memory of messages
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or not GIL, reason="another malloc than glibc's")
+def test_a_batch_of_long_messages_takes_the_memory_of_the_last_one(children, name):
+    """Given back to the system in between, each page of it is a fault: 256 a message."""
+    process = children.python(
+        """
+        import resource, sys
+        from shmring import Ring
+        ring = Ring.create(sys.argv[1], 4 << 20, writers=1)
+        message, kept = bytes(1_000_000), []
+        for lap in range(20):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            ring.write_many([message] * 4)
+            kept = ring.read_many()
+            assert kept == [message] * 4
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+            if lap >= 10:
+                print(faults)
+        """,
+        name,
+    )
+    assert max(map(int, children.output(process).split())) < 256
