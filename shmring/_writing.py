@@ -35,7 +35,7 @@ class Writer:
         # Of the claimed lane: where its bytes begin, and the indices of its words.
         self._first = self._write_pos = self._messages_in = self._read_pos = 0
         self._bytes = memoryview(segment.map)
-        self._free = 0  # up to here messages in place may go without another look
+        self._known = self._free = 0  # from here to there messages in place may go without another look
         self._reserved: Reserve | None = None  # nothing else is written meanwhile
         self._fence: Fence = None
         self._order = segment.order_fence()
@@ -197,7 +197,7 @@ class Writer:
         words = self._segment.words
         if self._order:
             self._order()  # ORDER W2 before W3, else the reader copies what was never written
-        words[self._write_pos] = pos  # W3
+        words[self._write_pos] = self._known = pos  # W3
         words[self._messages_in] = words[self._messages_in] + messages & WORD
         if self._fence:
             self._fence()  # W4
@@ -235,10 +235,14 @@ class Writer:
             segment.words[(self._first + pos % capacity) >> 3] = PADDING  # W2
             pos += padding
             self._publish(pos, 0)
-        return pos, min(read_pos + capacity, pos - pos % capacity + capacity), wanted
+        self._known, self._free = pos, min(read_pos + capacity, pos - pos % capacity + capacity)
+        return pos, self._free, wanted
 
     def _give_up(self, pos: int, step: int) -> tuple[int, int, int]:
-        """`_room` where writers do not wait: what was written a lane's length before is no more."""
+        """`_room` where writers do not wait: what was written a lane's length before is no more.
+
+        It leaves `_free` alone: of what may go here less may be published, and then the next part begin there.
+        """
         capacity, part = self._segment.layout.capacity, self._segment.layout.part
         given_up = self._segment.words[(self._segment.layout.lane_block(self._lane) + _layout.GIVEN_UP) >> 3]
         if not pos <= given_up <= pos + capacity or pos & 7 or pos >= POSITIONS:
@@ -372,10 +376,9 @@ class Writer:
                     wanted = 0
                     if not data.ends:
                         pos, size = words[write_pos], data.size
-                        if pos + RECORD_HEADER + size > self._free or self._reserved is not None:
-                            pos, free, wanted = self._room(pos, record_bytes(size))
-                            # Less may be published, and then the next part begin there.
-                            self._free = 0 if layout.drop else free
+                        after = pos + RECORD_HEADER + size
+                        if after > self._free or pos != self._known or self._reserved is not None:
+                            pos, _, wanted = self._room(pos, record_bytes(size))
                         if not wanted:
                             at = first + pos % capacity
                             data.pos, data.at = pos, at

@@ -139,13 +139,19 @@ def drain(ring, rng, got):
 
 def write_somehow(ring, rng, data):
     """Write once in some way, or three times; how many messages went in."""
-    how = rng.randrange(4)
+    how = rng.randrange(6)
     if how == 0:
         return int(ring.try_write(data))
     try:
         if how == 3:
             return ring.write_many([data] * 3, timeout=0)
-        ring.write(data, timeout=0 if how == 1 else 0.0005)
+        if how == 4:
+            with ring.reserve(len(data), timeout=0) as view:
+                view[:] = data
+        elif how == 5:
+            ring.writev([data[:7], data[7:]], timeout=0)
+        else:
+            ring.write(data, timeout=0 if how == 1 else 0.0005)
         return 1
     except RingTimeout as error:
         assert ring.name in str(error)
@@ -549,6 +555,24 @@ def test_a_writer_whose_write_pos_is_between_records_says_so_and_does_not_write(
         after = picture(ring._segment)
         before[bell] = after[bell]
         assert after == before
+
+
+@pytest.mark.parametrize("value", [4096 + 11, 4096 - 8, 4096 + 16 - 8192])
+def test_no_message_is_put_in_place_where_a_damaged_write_pos_says(name, value):
+    """Where it has been before there was room, but that lies at the end of a lane, before another one's bytes."""
+    with Ring.create(name, 4096, writers=2) as ring:
+        for size in (4088, 8):
+            with ring.reserve(size):
+                pass
+            ring.read()
+        words, write_pos = ring._segment.words, ring._segment.layout.lane_block(0) >> 3
+        assert words[write_pos] == 4096 + 16
+        words[write_pos] = value & WORD
+        bell = ring._segment.layout.readers_offset + _layout.READER_BELL, 4
+        before = picture(ring._segment, bell)
+        with pytest.raises(RingCorrupted, match=f"{name}.*lane 0"), ring.reserve(100) as view:
+            view[:] = bytes(100)
+        assert picture(ring._segment, bell) == before
 
 
 @pytest.mark.parametrize("lanes", [1, 3])
