@@ -9,11 +9,11 @@ from conftest import DARWIN, WINDOWS
 from fakes import FakeSegment, ask, batch, hooks_end  # noqa: F401 - a fixture
 
 from shmring import MessagesLost, Ring, RingCorrupted, _layout
+from shmring._lanes import BURST
+from shmring._layout import RECORD_HEADER, record_bytes
 from shmring._reading import Reader
 from shmring._requests import ReadBatch
 from shmring._writing import Writer
-
-LONGEST = 2040  # where writers do not wait, in a lane of 4096 bytes
 
 
 def joined(segment):
@@ -49,17 +49,19 @@ def interrupt():
 
 
 def test_a_length_that_was_overwritten_is_not_taken_for_padding():
-    segment = FakeSegment(writers=1, slots=1, drop=True)
+    segment = FakeSegment(writers=1, capacity=1 << 18, slots=1, drop=True)
     writer, reader = Writer(segment), joined(segment)
-    ask(writer, batch([b"-" * 56] * 64))
-    assert len(ask(reader, ReadBatch(63))) == 63  # what is left ends where the lane does
+    long = segment.layout.capacity - 2 * record_bytes(81_000) - RECORD_HEADER  # its length is looked at on its own
+    ask(writer, batch([b"-" * 81_000] * 2)), ask(writer, b"-" * long)
+    assert long > BURST and len(ask(reader, ReadBatch(2))) == 2  # what is left ends where the lane does
 
     # A lap of bytes that say that the lane goes on at its beginning.
-    once(reader._segment, "load length", lambda: ask(writer, batch([b"\xff" * LONGEST] * 2)))
+    lap = [b"\xff" * segment.layout.max_message] * 2
+    once(reader._segment, "load length", lambda: ask(writer, batch(lap)))
     with pytest.raises(MessagesLost) as lost:
         ask(reader, ReadBatch(9))
     assert lost.value.count == 1
-    assert ask(reader, ReadBatch(9)) == [b"\xff" * LONGEST] * 2
+    assert ask(reader, ReadBatch(9)) == lap
 
 
 def test_a_position_that_is_damaged_does_not_keep_a_reader_from_joining():
