@@ -840,7 +840,8 @@ def main(cases):
     unraisable, swallowed = [], []
 
     def ignored(what):
-        finalizer = hasattr(what.object, "gi_code") or "__del__" in repr(what.object)
+        # From 3.14 on it is the message that names what is called.
+        finalizer = hasattr(what.object, "gi_code") or "__del__" in f"{what.err_msg} {what.object!r}"
         kind = swallowed if what.exc_type is KeyboardInterrupt and finalizer else unraisable
         kind.append(f"{what.err_msg} {what.object!r}: {what.exc_value!r}")
 
