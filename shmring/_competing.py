@@ -13,7 +13,7 @@ from ._lanes import PACKED, Lane, run_of, split_mixed, split_run
 from ._layout import RECORD_HEADER, record_bytes
 from ._parking import ReaderBells
 from ._reading import Reader
-from ._requests import PROBE, Borrow, GiveBack, ReadBatch, ReadRequest
+from ._requests import PROBE, Borrow, GiveBack, ReadRequest
 from ._words import POSITIONS, WORD, Segment, can_be
 
 PATIENCE: Final = 200  # times that a competing reader leaves the turn to another one, one after another
@@ -239,8 +239,7 @@ class CompetingReader(Reader):
         if self._borrowed is not None and self._is_borrowed():
             return None
         if self._owed:
-            # It needs nobody's turn.
-            return self._take_owed(request, request.most) if type(request) is ReadBatch else super()._serve(request)
+            return super()._serve(request)  # it needs nobody's turn
         if type(request) is Borrow:
             return None  # another thread has just left its message; asked again, there is one taken out
         if not self._is_left() or not self._take():

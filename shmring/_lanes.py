@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from array import array
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Final
@@ -91,8 +92,9 @@ def run_of(words: memoryview, at: int, size: int, most: int) -> int:
 
 
 @lru_cache(maxsize=32)
-def _lengths(size: int) -> memoryview:
-    return memoryview(_LENGTH.pack(size) * LENGTHS).cast("Q")
+def _lengths(size: int) -> array[int]:
+    # Not a view: threads that slice the same one count its slices wrong where there is no GIL (CPython 3.14).
+    return array("Q", [size]) * LENGTHS
 
 
 @lru_cache(maxsize=PACKED + 1)

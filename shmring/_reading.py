@@ -16,8 +16,26 @@ from ._parking import Parking
 from ._requests import Borrow, GiveBack, ReadBatch, ReadOne, ReadRequest, still_used
 from ._words import POSITIONS, WORD, Fence, Segment, can_be
 
-KEPT: Final = 1 << 20, 1 << 24  # bytes; the least and the most that `_keep_memory` asks for
+KEPT: Final = 1 << 24  # bytes; the most that `_keep_memory` asks for
 COUNTED: Final = 100  # times that a reader who joins tries to have a position and a count that belong together
+
+
+_kept = 1 << 17  # bytes; what malloc does not give back, to begin with
+
+
+def _keep_memory(nbytes: int) -> None:
+    """Have malloc keep what a batch of so many bytes takes, for the next one. Only where it is glibc's.
+
+    It gives what is free at the heap's end back to the system, and each page of it is a fault when it is taken anew:
+    batches of long messages took two to five times as long. It keeps twice the largest block, up to 32 MiB, that was
+    ever mapped and freed (mallopt(3), "dynamic mmap threshold"): this one, which nobody touches. Larger each time,
+    because one that is not would come from the heap by now.
+    """
+    global _kept
+    if _kept < KEPT:
+        _kept = min(1 << nbytes.bit_length(), KEPT)
+        with suppress(MemoryError):
+            bytes(_kept)
 
 
 class Reader:
@@ -148,18 +166,6 @@ class Reader:
             reader + _layout.READER_BELL,
             asleep=asleep,
         )
-        self._keep_memory()
-
-    def _keep_memory(self) -> None:
-        """Have malloc keep what a batch took for the next one, where it is glibc's.
-
-        It gives what is free at the heap's end back to the system, and each page of it is a fault when it is taken
-        anew: batches of messages of 64 KiB and more took two to five times as long. It keeps twice the largest block
-        that was once mapped and freed (mallopt(3), "dynamic mmap threshold"): this one, which nobody touches.
-        """
-        least, most = KEPT
-        with suppress(MemoryError):
-            bytes(min(max(self._segment.layout.capacity, least), most))
 
     def _join(self) -> None:
         """Have the writers of a broadcast ring wait for us, for what is published from now on."""
@@ -478,7 +484,9 @@ class Reader:
 
     def _read_batch(self, request: ReadBatch) -> list[bytes] | None:
         segment, capacity, most = self._segment, self._segment.layout.capacity, request.most
-        batch = self._take_owed(request, most) if self._owed else []
+        if self._owed:
+            return self._take_owed(request, most)  # and no more: the rest may raise, and these be owed once more
+        batch: list[bytes] = []
         request.taken = []  # of an earlier try there is at most padding
         for lane in reversed(self._look()):
             if len(batch) >= most:
@@ -516,9 +524,13 @@ class Reader:
                 raise self._bad_length(lane, pos)  # only once everything whole has been handed over
             batch = batch + messages
             request.taken.append((lane, pos, messages))
+        nbytes = 0
         for lane, pos, messages in request.taken:
+            nbytes += pos - lane.pos
             self._last = lane.number
             self._free(lane, pos, lane.count + len(messages))
+        if nbytes > _kept:
+            _keep_memory(nbytes)
         return batch or None
 
     def _serve(self, request: Any) -> Any:

@@ -382,7 +382,7 @@ def _handler_runs(before, now):
     if not EXACT:
         return True  # nearly everywhere
     opcode = dis.opname[before[1]]
-    if "CALL" in opcode:
+    if "CALL" in opcode and "INTRINSIC" not in opcode:
         # After a function in C that returned; one in Python begins with RESUME.
         return before[0] == now[0] and opcode != "PRECALL" and dis.opname[now[1]] != "PUSH_EXC_INFO"
     return opcode in ("RESUME", "JUMP_BACKWARD")

@@ -12,7 +12,7 @@ from shmring import MessagesLost, Ring, RingCorrupted, _layout
 from shmring._lanes import BURST
 from shmring._layout import RECORD_HEADER, record_bytes
 from shmring._reading import Reader
-from shmring._requests import ReadBatch
+from shmring._requests import GiveBack, ReadBatch
 from shmring._writing import Writer
 
 
@@ -62,6 +62,17 @@ def test_a_length_that_was_overwritten_is_not_taken_for_padding():
         ask(reader, ReadBatch(9))
     assert lost.value.count == 1
     assert ask(reader, ReadBatch(9)) == lap
+
+
+def test_what_is_owed_comes_before_the_loss_of_what_came_after_it():
+    segment = FakeSegment(writers=1, slots=1, drop=True)
+    writer, reader = Writer(segment), joined(segment)
+    ask(writer, batch([b"-" * 56] * 8))
+    ask(reader, GiveBack(ask(reader, ReadBatch(3))))
+    ask(writer, batch([b"-" * 56] * 64))
+    assert ask(reader, ReadBatch(9)) == [b"-" * 56] * 3
+    with pytest.raises(MessagesLost):
+        ask(reader, ReadBatch(9))
 
 
 def test_a_position_that_is_damaged_does_not_keep_a_reader_from_joining():

@@ -101,6 +101,28 @@ def test_threads_write_and_read_many_at_once(ring):
     assert sorted(got) == sorted(b"%d %d" % (writer, i) for writer in range(2) for i in range(3000))
 
 
+def test_threads_with_a_ring_each_do_not_meet(name):
+    """What batches of one size share is the process's: without a GIL a view of it would be counted wrong."""
+    failures = []
+
+    def work(number):
+        batch = [bytes([number]) * 8] * 100
+        try:
+            with Ring.create(f"{name}-{number}", 1 << 16, writers=1) as ring:
+                for _ in range(3000):
+                    ring.write_many(batch)
+                    assert ring.read_many() == batch
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
 def test_a_ping_pong_of_sleepers_loses_no_wake_up(name):
     with Ring.create(name, 4096, spin=0) as there, Ring.create(name + "-back", 4096, spin=0) as back:
 
