@@ -67,6 +67,7 @@ ROOM: Final = 4
 PATIENCE: Final = 0.01
 MOURNING: Final = 0.1  # seconds after which who waits for several readers looks whether one has died
 GATHERED: Final = 16384  # bytes; a shorter message of several buffers is quicker joined, and written as one of one
+AT_ONCE: Final = 64  # messages after which a task that never has to wait for room lets the others run
 OPEN_AGAIN: Final = 0.002  # seconds between two tries of `open` with a timeout, or two looks for somebody to come
 
 _open_rings: dict[int, weakref.ref[Ring]] = {}
@@ -159,6 +160,7 @@ class Ring:
         self._messages = self._reader.monitor.steps
         self._announcing = False  # has the reading side a doorbell, so that `try_read` is to arm it?
         self._watches: dict[Writer | Reader, Watch] = {}  # by the side that tasks wait for
+        self._at_once = 0  # messages that tasks wrote, without one that had to wait
 
     # ------------------------------------------------------------ making and finding
 
@@ -799,7 +801,9 @@ class Ring:
             data = _flat(data)
         writer = self._writer
         watch = self._watches.get(writer)
-        if watch is not None and watch.is_time_to_pause():
+        if watch is None:  # no task has had to wait for room yet
+            self._at_once = (self._at_once + 1) % AT_ONCE
+        if not self._at_once if watch is None else watch.is_time_to_pause():
             await _let_others_run()
         while True:
             wanted = self._enter_writer(data)

@@ -739,7 +739,9 @@ def test_tasks_that_wait_for_room_of_different_sizes_all_get_it(ring, other):
     run(main())
 
 
-def test_a_task_that_never_waits_lets_others_run(ring, other):
+@pytest.mark.parametrize("waited", [True, False])
+@pytest.mark.parametrize("does", ["reads", "writes"])
+def test_a_task_that_never_waits_lets_others_run(ring, other, does, waited):
     async def main():
         turns = 0
 
@@ -749,14 +751,19 @@ def test_a_task_that_never_waits_lets_others_run(ring, other):
                 turns += 1
                 await asyncio.sleep(0)
 
-        with pytest.raises(RingTimeout):
-            await ring.read_async(timeout=0)
+        if waited:
+            with pytest.raises(RingTimeout):
+                await ring.read_async(timeout=0)
+            with pytest.raises(RingTimeout):
+                while True:
+                    await other.write_async(bytes(1000), timeout=0.01)
+            ring.read_many()
         counting = asyncio.ensure_future(count())
         for _ in range(50):
             for _ in range(40):
-                other.write(b"x")
+                await other.write_async(b"x") if does == "writes" else other.write(b"x")
             for _ in range(40):
-                await ring.read_async()
+                await ring.read_async() if does == "reads" else ring.read()
         assert turns > 10
         counting.cancel()
 
