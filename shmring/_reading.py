@@ -13,7 +13,7 @@ from ._lanes import BURST, PACKED, Lane, count_records, find_mark, record_of, ru
 from ._layout import MARKS, PADDING, RECORD_HEADER, record_bytes
 from ._monitor import Monitor, MonitorClosed
 from ._parking import Parking
-from ._requests import Borrow, GiveBack, ReadBatch, ReadOne, ReadRequest, still_used
+from ._requests import Borrow, Exporter, GiveBack, ReadBatch, ReadOne, ReadRequest, still_used
 from ._words import POSITIONS, WORD, Fence, Segment, can_be
 
 KEPT: Final = 1 << 24  # bytes; the most that `_keep_memory` asks for
@@ -58,7 +58,8 @@ class Reader:
         self._last = 0  # the lane that was served last
         self._owed: list[bytes] = []  # out of the ring, but not handed over; replaced, never changed
         self._untold: tuple[Lane, int, int] | None = None  # where a lane goes on after that many lost; not said yet
-        self._bytes = memoryview(segment.map).toreadonly()
+        self._bytes = memoryview(segment.map)
+        self._exporter: Exporter | None = None  # from the first message in place on
         self._borrowed: Borrow | None = None  # nothing else is read meanwhile
         self._fence: Fence = None
         self._order = segment.order_fence()
@@ -79,18 +80,18 @@ class Reader:
         if self.parking is not None:
             self.parking.refuse_reentry()
 
-    def close(self) -> memoryview | None:
+    def close(self) -> Any:
         """Wait until no thread is inside, end it, and give the role back.
 
         Returns:
-            What may still be read, so that the role is kept: a view that cannot be released.
+            What goes once nothing may read any more, so that the role is kept until then. None if nothing may.
         """
         self.monitor.close()
         if self.parking is not None:
             self.parking.close()
         borrowed, self._borrowed = self._borrowed, None
         if borrowed is not None and not borrowed.released():
-            return borrowed.view
+            return borrowed.remains()
         if self.slot >= 0:
             self._leave()
             self._segment.release(_layout.READER + self.slot)
@@ -436,7 +437,7 @@ class Reader:
 
     def _borrow(self, request: Borrow) -> memoryview | None:
         """What the caller does with the view is the copy of the record that comes before R3."""
-        capacity = self._segment.layout.capacity
+        segment, capacity = self._segment, self._segment.layout.capacity
         if self._owed:
             request.owed, request.behind = self._owed[0], len(self._owed)
             request.view = memoryview(request.owed)
@@ -448,11 +449,16 @@ class Reader:
         lane, pos, size = found
         body = lane.first + pos % capacity + RECORD_HEADER
         request.lane, request.pos, request.count = lane, pos + record_bytes(size), lane.count + 1
-        request.view = self._bytes[body : body + size]
         if self._drops:
-            request.view = memoryview(bytes(request.view))  # R2: a copy, because nobody waits for the end of the block
+            # A copy, because nobody waits for the end of the block.
+            request.view = memoryview(segment.map[body : body + size])  # R2
             if self._lapped(lane, lane.pos):
                 return self._borrow(request)
+        else:
+            if self._exporter is None:
+                self._exporter = Exporter(segment.map)
+            request.exporter = self._exporter
+            request.view = self._exporter.view(body, body + size).toreadonly()
         self._borrowed = request
         self._last = lane.number
         return request.view

@@ -5,8 +5,10 @@ A request outlives the steps that it was given to. If an exception ends these, i
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import threading
+import weakref
 from typing import Any, Final, NamedTuple
 
 from ._errors import RingBusy
@@ -43,6 +45,30 @@ class Gather(WriteRequest):
         self.size = size
 
 
+class Exporter:
+    """A segment's bytes, for one message in place after the other; and whether anything uses them.
+
+    To release a view tells no more than that nothing got hold of that very view. What is made of a memoryview (a slice,
+    NumPy's array) holds on to what lies below: an object of ours, whose references can be counted.
+    """
+
+    def __init__(self, buffer: Any) -> None:
+        self._bytes: Any = (ctypes.c_ubyte * len(buffer)).from_buffer(buffer)
+        self._unused = sys.getrefcount(self._bytes)
+
+    def view(self, start: int, stop: int) -> memoryview:
+        return memoryview(self._bytes).cast("B")[start:stop]
+
+    def is_used(self) -> bool:
+        """Is a view left, or something made of one?"""
+        return sys.getrefcount(self._bytes) > self._unused
+
+    def give_up(self) -> Any:
+        """Make no more views. What this returns is referred to by those that are there."""
+        remains, self._bytes = self._bytes, None
+        return remains
+
+
 class InPlace:
     """A message's bytes in the ring, as a view that a caller has for a while.
 
@@ -52,21 +78,28 @@ class InPlace:
     Attributes:
         ends: It was asked for, and this is its end. To ask for that again is harmless.
         left: The caller has left: with an end that is done, or without one, and then only the view stands in the way.
+        holder: Until then, a reference to whose it is that tells if that is gone without an end.
         thread: Whose it is, once it was asked for. That one must not wait for itself.
     """
 
     view: memoryview | None = None
+    exporter: Exporter | None = None  # of the view; none if it is of a copy
     ends = left = False
+    holder: weakref.ref[Any] | None = None
     thread = 0
 
     def released(self) -> bool:
-        """Release the view; was it possible? Else something still uses it."""
+        """Release the view; is that all there was? Else something still uses it."""
         try:
             if self.view is not None:
                 self.view.release()
         except BufferError:
             return False
-        return True
+        return self.exporter is None or not self.exporter.is_used()
+
+    def remains(self) -> Any:
+        """What is gone once nothing uses the view any more; for who will never ask again."""
+        return self.view if self.exporter is None else self.exporter.give_up()
 
     def is_over(self, name: str) -> bool:
         """Has its caller left, and is the view released? False: another thread still works on it.

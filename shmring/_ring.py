@@ -1181,10 +1181,21 @@ ONCE: Final = "a message in place is entered once; ask for another one"
 class _InPlace:
     """A message in place, as a context manager whose view ends with the block."""
 
-    _request: Any = None  # until the constructor has ended
+    _request: Any
 
     def __init__(self, ring: Ring, side: Writer | Reader, request: Reserve | Borrow, timeout: float | None) -> None:
         self._ring, self._side, self._request, self._timeout = ring, side, request, timeout
+
+    def _begin(self, side: Writer | Reader) -> None:
+        """The `side` is the handle's now: in a forked child another one than when it was asked for."""
+        request = self._request
+        if request.thread or request.ends:
+            raise RuntimeError(ONCE)
+        self._side = side
+        request.thread = get_ident()
+        # A signal handler's exception may come before the first instruction of `__exit__`, which then is skipped. Not a
+        # `__del__`: that would run each time, and an exception that comes in it is lost.
+        request.holder = weakref.ref(self, partial(_leave, side, request))
 
     def _end(self, enter: Callable[[Any], Any]) -> None:
         """Have its end done."""
@@ -1193,21 +1204,16 @@ class _InPlace:
         try:
             enter(request)
         except BaseException:
-            self._leave()
+            _leave(self._side, request)
             raise
-        request.left = True
+        request.left, request.holder = True, None
 
-    def _leave(self) -> None:
-        """Have whoever comes next do what there is left to do: nobody waits for us any longer."""
-        self._request.left = True
-        if self._side.parking is not None:
-            self._side.parking.wake()
 
-    def __del__(self) -> None:
-        """A signal handler's exception may come before the first instruction of `__exit__`, which then is skipped."""
-        request = self._request
-        if request is not None and request.thread and not request.left:
-            self._leave()
+def _leave(side: Writer | Reader, request: Reserve | Borrow, holder: object = None) -> None:
+    """Have whoever comes next do what there is left to do for a message in place: nobody waits for us any longer."""
+    request.left, request.holder = True, None
+    if side.parking is not None:
+        side.parking.wake()
 
 
 class Reservation(_InPlace):
@@ -1215,16 +1221,13 @@ class Reservation(_InPlace):
 
     def __enter__(self) -> memoryview:
         ring, request = self._ring, self._request
-        if request.thread or request.ends:
-            raise RuntimeError(ONCE)
-        self._side = ring._writer  # in a forked child, another one than when it was asked for
-        request.thread = get_ident()
+        self._begin(ring._writer)
         try:
             wanted = ring._enter_writer(request)
             if wanted is not None:
                 ring._write_when_room(request, wanted, _deadline(self._timeout))
         except BaseException:
-            self._leave()  # in case that it is there
+            _leave(self._side, request)  # in case that it is there
             raise
         view: memoryview = request.view
         return view
@@ -1267,15 +1270,12 @@ class Borrowed(_InPlace):
 
     def __enter__(self) -> memoryview:
         ring, request = self._ring, self._request
-        if request.thread or request.ends:
-            raise RuntimeError(ONCE)
-        self._side = ring._reader  # as in Reservation
-        request.thread = get_ident()
+        self._begin(ring._reader)
         try:
             if ring._enter_reader(request) is None:
                 ring._await(request, _deadline(self._timeout))
         except BaseException:
-            self._leave()  # in case that it is there
+            _leave(self._side, request)  # in case that it is there
             raise
         view: memoryview = request.view
         request.given = True  # from here on an exception is one in the block
@@ -1294,8 +1294,8 @@ class Borrowed(_InPlace):
                 raise
 
 
-def _close_when_gone(segment: Segment, views: list[weakref.ref[memoryview]]) -> None:
-    """Close a segment when none of these views is left."""
+def _close_when_gone(segment: Segment, views: list[weakref.ref[Any]]) -> None:
+    """Close a segment when none of these views, or what they are of, is left."""
     for view in [reference() for reference in views]:
         if view is not None:
             weakref.finalize(view, _close_when_gone, segment, [])

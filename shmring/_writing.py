@@ -12,7 +12,7 @@ from ._layout import MARKS, PADDING, RECORD_HEADER, place, record_bytes, round_u
 from ._monitor import Monitor
 from ._parking import Parking, ReaderBells
 from ._reading import Reader
-from ._requests import RESERVED, Gather, Reserve, WriteBatch, WriteRequest, still_used
+from ._requests import RESERVED, Exporter, Gather, Reserve, WriteBatch, WriteRequest, still_used
 from ._words import POSITIONS, WORD, Fence, Segment, can_be
 
 
@@ -34,7 +34,7 @@ class Writer:
         self._marked = -1  # the last part of the lane that has its mark
         # Of the claimed lane: where its bytes begin, and the indices of its words.
         self._first = self._write_pos = self._messages_in = self._read_pos = 0
-        self._bytes = memoryview(segment.map)
+        self._exporter: Exporter | None = None  # from the first message in place on
         self._known = self._free = 0  # from here to there messages in place may go without another look
         self._reserved: Reserve | None = None  # nothing else is written meanwhile
         self._fence: Fence = None
@@ -69,18 +69,18 @@ class Writer:
         """Is there still no room? For S4, which looks from outside the monitor; in doubt it says no."""
         return self._reserved is not None if wanted == RESERVED else self.read_pos < wanted
 
-    def close(self) -> memoryview | None:
+    def close(self) -> Any:
         """Wait until no thread is inside, end it, and give the lane back.
 
         Returns:
-            What may still be written to, so that the lane is kept: a view that cannot be released.
+            What goes once nothing may write any more, so that the lane is kept until then. None if nothing may.
         """
         self.monitor.close()
         if self.parking is not None:
             self.parking.close()
         reserved, self._reserved = self._reserved, None
         if reserved is not None and not reserved.released():
-            return reserved.view
+            return reserved.remains()
         if self._lane >= 0:
             self._segment.release(_layout.LANE + self._lane)
         return None
@@ -359,7 +359,6 @@ class Writer:
         layout, words, ring, order = segment.layout, segment.words, segment.map, self._order
         capacity, max_message = layout.capacity, layout.max_message
         sleepers, asleep = self._asleep, self._asleep_at
-        memory = self._bytes
         data = yield
         try:
             if self.parking is None:
@@ -382,7 +381,10 @@ class Writer:
                         if not wanted:
                             at = first + pos % capacity
                             data.pos, data.at = pos, at
-                            data.view = memory[at + RECORD_HEADER : at + RECORD_HEADER + size]
+                            if self._exporter is None:
+                                self._exporter = Exporter(ring)
+                            data.exporter = self._exporter
+                            data.view = data.exporter.view(at + RECORD_HEADER, at + RECORD_HEADER + size)
                             self._reserved = data
                     elif self._reserved is data:
                         if not data.released():
