@@ -186,12 +186,15 @@ def run_send(options: argparse.Namespace) -> int:
     """Messages from the arguments or from stdin."""
     if options.messages:
         messages: Iterable[bytes] = map(os.fsencode, options.messages)
+    elif sys.stdin is None:
+        raise Failure("there is no stdin to take messages from")
     else:
         messages = _pieces(sys.stdin.buffer, options)
     ring, made = _open_ring(options)
     sent = 0
     with ring:
         try:
+            ring.write_many([])  # to have been there, for `recv --eof`, also if nothing comes
             for message in messages:
                 ring.write(message, timeout=options.timeout)
                 sent += 1
@@ -245,15 +248,16 @@ def split(stream: Any, separator: bytes) -> Iterator[bytes]:
 def run_recv(options: argparse.Namespace) -> int:
     """Messages to stdout."""
     put = _putter(options)
-    ring, _ = _open_ring(options)
+    ring, made = _open_ring(options)
     timeout = 0.0 if options.drain else options.timeout
     got, came, since = 0, False, time.perf_counter()
     with ring:
+        before = 0 if made else _lanes_used(ring)
         while got != options.number:
             patience, gone = timeout, False
             if options.eof:
                 alive = ring.writers_alive() > 0  # before the look: what they wrote is there then
-                came = came or alive or got > 0
+                came = came or alive or got > 0 or _lanes_used(ring) > before  # one may have come and gone meanwhile
                 gone = came and not alive
                 patience = 0.0 if gone else WRITERS_GONE if timeout is None else min(timeout, WRITERS_GONE)
             try:
@@ -271,6 +275,12 @@ def run_recv(options: argparse.Namespace) -> int:
                 return NOTHING if options.number or not got else DONE
             got, since = got + 1, time.perf_counter()
     return DONE
+
+
+def _lanes_used(ring: Ring) -> int:
+    """How many lanes have ever had a writer."""
+    segment = ring._segment
+    return segment.map[segment.layout.used_offset : segment.layout.used_offset + segment.layout.writers].count(1)
 
 
 def _take(ring: Ring, put: Callable[[Any], None], timeout: float | None) -> None:
@@ -545,7 +555,8 @@ def size(text: str) -> int:
 
 
 def _tell(what: str) -> None:
-    print(f"shmring: {what}", file=sys.stderr)
+    if sys.stderr is not None:  # it was closed
+        print(f"shmring: {what}", file=sys.stderr)
 
 
 def _leave_stdout() -> None:
@@ -557,6 +568,9 @@ def _leave_stdout() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the arguments ask for, and return the exit code."""
     options = parse(arguments)
+    if sys.stdout is None:  # it was closed
+        _tell("there is no stdout to write to")
+        return FAILED
     try:
         code: int = options.run(options)
         sys.stdout.flush()

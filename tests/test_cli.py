@@ -517,6 +517,25 @@ def test_binary_data_goes_through_real_pipes_as_it_is(start, name):
         assert (out, err) == (data, b"")
 
 
+def test_what_waits_for_the_end_of_a_pipe_ends_also_if_nothing_came(start, name):
+    recv = start("recv", name, "--create", "--eof")
+    send = start("send", name, "--wait", DEADLINE)
+    assert send.communicate(timeout=DEADLINE) == (b"", b"") and send.returncode == 0
+    assert recv.communicate(timeout=DEADLINE) == (b"", b"") and recv.returncode == 0
+
+
+def test_streams_that_are_closed_are_an_error_and_no_traceback(run, name, monkeypatch):
+    with Ring.create(name, 4096) as ring:
+        ring.write(b"stays")
+        monkeypatch.setattr(sys, "stdin", None)
+        assert run("send", name) == (1, b"", "shmring: there is no stdin to take messages from\n")
+        monkeypatch.setattr(sys, "stdout", None)
+        assert _cli.main(["recv", name]) == _cli.main(["ls"]) == 1
+        monkeypatch.setattr(sys, "stderr", None)
+        assert _cli.main(["tail", name]) == 1
+        assert ring.read() == b"stays"
+
+
 def test_who_makes_a_ring_for_its_messages_stays_until_they_are_taken(run, start, stdin, name):
     sending = start("send", name, "--create", "--capacity", "4K", "--writers", 1, "one", "two")
     assert run("recv", name, "--wait", DEADLINE, "-n", 1) == (0, b"one\n", "")
