@@ -385,8 +385,8 @@ class Ring:
 
         Raises:
             MessageTooLarge: More than `max_message` bytes.
-            BufferError: At the end of the block: something made from the view is still there (an array), so it
-                cannot be released. Nothing is published, and the handle writes again once it is gone.
+            BufferError: At the end of the block: something made from the view is still there (an array, a part
+                of it). Nothing is published, and the handle writes again once it is gone.
             RingBusy, RingTimeout, RingCorrupted, RingClosed, OSError: At the beginning of the block, as for `write`.
 
         If this process dies inside the block, nothing of the message is in the ring.
@@ -592,8 +592,8 @@ class Ring:
             timeout: Seconds to wait for a message at the beginning of the block, as for `read`.
 
         Raises:
-            BufferError: At the end of the block: something made from the view is still there (an array), so it
-                cannot be released. The message is taken out, and the handle reads again, once it is gone.
+            BufferError: At the end of the block: something made from the view is still there (an array, a part
+                of it). The message is taken out, and the handle reads again, once it is gone.
             RingBusy, RingTimeout, RingCorrupted, RingClosed: At the beginning of the block, as for `read`.
 
         If this process dies inside the block, the message stays in the ring; where readers compete it was taken out
