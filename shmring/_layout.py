@@ -108,10 +108,12 @@ place of the locks: files on macOS, events on Windows. The numbers are the same 
 
 from __future__ import annotations
 
+import operator
 import os
 import struct
 import zlib
-from typing import Final
+from contextlib import suppress
+from typing import Any, Final
 
 from ._errors import RingCorrupted, RingIncompatible
 
@@ -280,6 +282,14 @@ def is_name(name: str) -> bool:
     return True
 
 
+def integer(what: str, value: Any) -> int:
+    """An argument that is a whole number, also one of NumPy's. True is none."""
+    if not isinstance(value, bool):
+        with suppress(TypeError):
+            return operator.index(value)
+    raise TypeError(f"{what}, not {type(value).__name__}")
+
+
 def new_layout(
     capacity: int, writers: int, readers: str, keep: bool, max_readers: int = 8, lag: str = "block"
 ) -> Layout:
@@ -289,18 +299,18 @@ def new_layout(
         ("writers", writers, MAX_WRITERS),
         ("max_readers", max_readers, MAX_COMPETING if readers == "compete" else MAX_READERS),
     ):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{what} is an int, not {type(value).__name__}")
-        if not 1 <= value <= most:
-            raise ValueError(f"{what} is 1 to {most:,}, not {value:,}")
-    if readers not in READERS:
+        number = integer(f"{what} is an int", value)
+        if not 1 <= number <= most:
+            raise ValueError(f"{what} is 1 to {most:,}, not {number:,}")
+    if readers not in tuple(READERS):
         raise ValueError(f"readers={readers!r}: this version knows {', '.join(map(repr, READERS))}")
     if lag not in LAGS:
         raise ValueError(f"lag={lag!r}: it is one of {', '.join(map(repr, LAGS))}")
     if lag == "drop" and readers != "broadcast":
         raise ValueError(f"lag='drop' is for readers='broadcast'; with readers={readers!r} writers wait")
-    slots, compete = 0 if readers == "one" else max_readers, readers == "compete"
-    return Layout(round_up(capacity, PAGE), writers, bool(keep), os.urandom(16), slots, lag == "drop", compete)
+    slots, compete = 0 if readers == "one" else operator.index(max_readers), readers == "compete"
+    capacity, writers = round_up(operator.index(capacity), PAGE), operator.index(writers)
+    return Layout(capacity, writers, bool(keep), os.urandom(16), slots, lag == "drop", compete)
 
 
 def pack_header(layout: Layout, machine: str) -> bytes:

@@ -391,8 +391,8 @@ class Ring:
 
         If this process dies inside the block, nothing of the message is in the ring.
         """
-        if not isinstance(nbytes, int) or isinstance(nbytes, bool):
-            raise TypeError(f"nbytes is a number of bytes, not {type(nbytes).__name__}")
+        if type(nbytes) is not int:
+            nbytes = _layout.integer("nbytes is a number of bytes", nbytes)
         if nbytes < 0:
             raise ValueError(f"nbytes is a number of bytes, not {nbytes}")
         if nbytes > self._segment.layout.max_message:
@@ -1236,12 +1236,13 @@ class Reservation(_InPlace):
         """Publish the first `nbytes` bytes now, as the message. The view ends, and the block may be left.
 
         Raises:
-            ValueError: More bytes than were reserved, or not in the block; nothing is published.
+            ValueError, TypeError: More bytes than were reserved, no number, or not in the block; nothing is published.
         """
         request = self._request
         if not request.thread or request.left:
             raise ValueError("commit: this is not in the block, or it was done already")
-        if not isinstance(nbytes, int) or not 0 <= nbytes <= request.size:
+        nbytes = _layout.integer("nbytes is a number of bytes", nbytes)
+        if not 0 <= nbytes <= request.size:
             raise ValueError(f"commit takes 0 to {request.size:,} bytes, which were reserved, not {nbytes!r}")
         self._commit(nbytes)
 
@@ -1362,7 +1363,10 @@ def _deadline(timeout: float | None) -> float | None:
         return None
     if timeout != timeout:
         raise ValueError("timeout is a number of seconds or None, not a NaN")
-    return None if timeout > 1e9 else time.perf_counter() + max(timeout, 0)
+    try:
+        return None if timeout > 1e9 else time.perf_counter() + max(timeout, 0)
+    except TypeError:
+        raise TypeError(f"timeout is a number of seconds or None, not {type(timeout).__name__}") from None
 
 
 def _earlier(moment: float, deadline: float | None) -> float:
@@ -1370,9 +1374,12 @@ def _earlier(moment: float, deadline: float | None) -> float:
 
 
 def _check_spin(spin: float | None) -> float | None:
-    if spin is not None and not 0 <= spin <= 1:
-        raise ValueError(f"spin is 0 to 1 seconds or None, not {spin!r}")
-    return spin
+    try:
+        if spin is None or 0 <= spin <= 1:
+            return spin
+    except TypeError:
+        raise TypeError(f"spin is a number of seconds or None, not {type(spin).__name__}") from None
+    raise ValueError(f"spin is 0 to 1 seconds or None, not {spin!r}")
 
 
 def _flat(data: Any) -> bytes | memoryview:
@@ -1394,8 +1401,10 @@ def _flat(data: Any) -> bytes | memoryview:
 def _read_batch(max_messages: Any) -> ReadBatch:
     if max_messages is None:
         max_messages = sys.maxsize
-    elif not isinstance(max_messages, int) or max_messages < 1:
-        raise ValueError(f"max_messages is None or at least 1, not {max_messages!r}")
+    else:
+        max_messages = _layout.integer("max_messages is None or a number of messages", max_messages)
+        if max_messages < 1:
+            raise ValueError(f"max_messages is None or at least 1, not {max_messages}")
     return ReadBatch(max_messages)
 
 
@@ -1416,8 +1425,7 @@ def _read_into(buf: Any, max_len: Any) -> ReadOne:
     if max_len is None:
         assert view is not None
         return ReadOne(len(view), view)
-    if not isinstance(max_len, int) or isinstance(max_len, bool):
-        raise TypeError(f"max_len is a number of bytes, not {type(max_len).__name__}")
+    max_len = _layout.integer("max_len is a number of bytes", max_len)
     if max_len < 0:
         raise ValueError(f"max_len is a number of bytes, not {max_len}")
     return ReadOne(max_len if view is None else min(max_len, len(view)), view)

@@ -368,9 +368,9 @@ def test_small_batches_leave_no_lane_behind_one_that_is_always_full(name, reader
         assert b"quiet" in got and b"first" in got
 
 
-@pytest.mark.parametrize("bad", [0, -1, 1.5, "2"])
+@pytest.mark.parametrize("bad", [0, -1, 1.5, "2", True])
 def test_read_many_of_less_than_one_is_an_error(ring, bad):
-    with pytest.raises(ValueError, match="max_messages"):
+    with pytest.raises(ValueError if type(bad) is int else TypeError, match="max_messages"):
         ring.read_many(bad)
 
 
@@ -714,3 +714,37 @@ def test_who_waits_for_somebody_to_come_ends_when_the_handle_is_closed(name):
         for ask in (ring.wait_for_reader, ring.readers_alive, ring.writers_alive):
             with pytest.raises(RingClosed):
                 ask()
+
+
+class Index:
+    """A whole number that is no int, as NumPy's are."""
+
+    def __init__(self, number):
+        self._number = number
+
+    def __index__(self):
+        return self._number
+
+
+def test_whole_numbers_of_other_types_are_taken(name):
+    with Ring.create(name, Index(4096), writers=Index(1), readers="broadcast", max_readers=Index(2)) as ring:
+        assert (ring.capacity, ring.stats().lanes) == (4096, 1)
+        ring.join()
+        room = ring.reserve(Index(3))
+        with room as view:
+            view[:] = b"123"
+            room.commit(Index(2))
+        assert ring.read(max_len=Index(2)) == b"12"
+        ring.write(b"3")
+        assert ring.read_many(Index(1)) == [b"3"]
+
+
+def test_what_is_no_time_or_kind_is_said_to_be_none(name):
+    with Ring.create(name, 4096, writers=1) as ring:
+        for call in (ring.read, ring.read_many, ring.wait_doorbell):
+            with pytest.raises(TypeError, match="timeout is a number of seconds or None, not str"):
+                call(timeout="1")
+        with pytest.raises(TypeError, match="spin is a number of seconds or None, not str"):
+            Ring.open(name, spin="1")
+    with pytest.raises(ValueError, match="readers="):
+        Ring.create(name, 4096, readers=["one"])
