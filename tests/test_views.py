@@ -321,7 +321,8 @@ def test_a_borrowed_view_that_something_still_uses_keeps_its_message(ring, use):
             array_like = use(view)
     with pytest.raises(RingBusy, match="still in use"):
         ring.read()
-    assert ring.stats().messages_out == 0
+    held = array_like.tobytes() if hasattr(array_like, "tobytes") else next(array_like)[0]
+    assert held in (b"one", b"ne", b"o") and ring.stats().messages_out == 0
     del array_like
     assert ring.read() == b"two"
 
