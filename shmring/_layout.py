@@ -294,6 +294,7 @@ def new_layout(
     capacity: int, writers: int, readers: str, keep: bool, max_readers: int = 8, lag: str = "block"
 ) -> Layout:
     """Check what a caller of `create` asked for, and give the ring a shape and a nonce."""
+    numbers = []
     for what, value, most in (
         ("capacity", capacity, MAX_CAPACITY),
         ("writers", writers, MAX_WRITERS),
@@ -302,15 +303,16 @@ def new_layout(
         number = integer(f"{what} is an int", value)
         if not 1 <= number <= most:
             raise ValueError(f"{what} is 1 to {most:,}, not {number:,}")
+        numbers.append(number)
+    capacity, writers, max_readers = numbers
     if readers not in tuple(READERS):
         raise ValueError(f"readers={readers!r}: this version knows {', '.join(map(repr, READERS))}")
     if lag not in LAGS:
         raise ValueError(f"lag={lag!r}: it is one of {', '.join(map(repr, LAGS))}")
     if lag == "drop" and readers != "broadcast":
         raise ValueError(f"lag='drop' is for readers='broadcast'; with readers={readers!r} writers wait")
-    slots, compete = 0 if readers == "one" else operator.index(max_readers), readers == "compete"
-    capacity, writers = round_up(operator.index(capacity), PAGE), operator.index(writers)
-    return Layout(capacity, writers, bool(keep), os.urandom(16), slots, lag == "drop", compete)
+    slots, compete = 0 if readers == "one" else max_readers, readers == "compete"
+    return Layout(round_up(capacity, PAGE), writers, bool(keep), os.urandom(16), slots, lag == "drop", compete)
 
 
 def pack_header(layout: Layout, machine: str) -> bytes:

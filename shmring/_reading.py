@@ -19,7 +19,6 @@ from ._words import POSITIONS, WORD, Fence, Segment, can_be
 KEPT: Final = 1 << 24  # bytes; the most that `_keep_memory` asks for
 COUNTED: Final = 100  # times that a reader who joins tries to have a position and a count that belong together
 
-
 _kept = 1 << 17  # bytes; what malloc does not give back, to begin with
 
 
