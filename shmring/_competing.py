@@ -166,10 +166,9 @@ class CompetingReader(Reader):
 
     def _candidates(self) -> list[Lane]:
         """The lanes that seem to have something, the first to be served at the end."""
-        lanes = self._lanes
-        while self._another_used():
-            lanes.append(Lane(self._segment.layout, len(lanes)))
-        found = list(filter(self._holds, lanes))
+        if self._another_used():
+            self._take_up_lanes()
+        found = list(filter(self._holds, self._lanes))
         if len(found) > 1:
             self._take_turns(found)
         return found
@@ -203,8 +202,8 @@ class CompetingReader(Reader):
             messages = (ring[at + RECORD_HEADER : at + RECORD_HEADER + size],)  # R2
         else:
             limit = min(limit, at + AHEAD_BYTES)
-            run = run_of(words, at, size, min(most, (limit - at) // step))
-            if run > 1:
+            if words[after >> 3] == size:
+                run = run_of(words, at, size, min(most, (limit - at) // step))
                 messages = split_run(ring, at, run, size)  # R2
             else:
                 messages, _ = split_mixed(words, ring, at, limit, limit, most)  # R2

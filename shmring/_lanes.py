@@ -21,6 +21,7 @@ PACKED: Final = 1024  # bytes; messages up to this go in by struct, one call for
 JOINED: Final = 4096  # bytes; longer ones are not worth joining, which copies them once more
 BURST: Final = 65536  # bytes that are published, or copied out, in one go at most
 LENGTHS: Final = 1024  # of records that are looked at in one go
+FIRST: Final = 64  # of these, the first time: most runs are long, or short
 BLOCKS: Final = (64, 8, 1)  # records that one struct takes apart: many take a quarter of the time of one at a time
 
 _LENGTH = struct.Struct("=Q")
@@ -78,9 +79,7 @@ def split_mixed(words: memoryview, buffer: Any, at: int, stop: int, limit: int, 
 def run_of(words: memoryview, at: int, size: int, most: int) -> int:
     """How many records from `at` on, at most `most`, have this `size`, as the first one has."""
     start, stride = at >> 3, record_bytes(size) >> 3
-    if most < 2 or words[start + stride] != size:
-        return 1
-    run, some, same = 0, 8, _lengths(size)  # a few first: most runs are long, or short
+    run, some, same = 0, FIRST, _lengths(size)
     while run < most:
         some = min(some, most - run)
         lengths = words[start + run * stride : start + (run + some) * stride : stride]

@@ -54,6 +54,7 @@ class Reader:
     def __init__(self, segment: Segment) -> None:
         self._segment = segment
         self._lanes: list[Lane] = []  # those that have ever been claimed, from the first on
+        self._used = segment.layout.used_offset
         self._last = 0  # the lane that was served last
         self._owed: list[bytes] = []  # out of the ring, but not handed over; replaced, never changed
         self._untold: tuple[Lane, int, int] | None = None  # where a lane goes on after that many lost; not said yet
@@ -115,8 +116,8 @@ class Reader:
 
     def _another_used(self) -> bool:
         """Has a lane come into use that is not known yet?"""
-        layout, known = self._segment.layout, len(self._lanes)
-        return known < layout.writers and self._segment.map[layout.used_offset + known] != 0
+        known = len(self._lanes)
+        return self._segment.map[self._used + known] != 0 and known < self._segment.layout.writers
 
     def pass_on(self) -> None:
         """Who calls leaves a wait without a message. Readers that compete have another one woken for it."""
@@ -296,23 +297,22 @@ class Reader:
 
     def _look(self) -> list[Lane]:
         """R1 for every lane: those that have something, the first to be served at the end."""
-        words = self._segment.words
-        while self._another_used():
-            lane = Lane(self._segment.layout, len(self._lanes), self.slot)
-            lane.pos, lane.count = words[lane.read_pos], words[lane.messages_out] & WORD >> 1
-            self._lanes.append(lane)
+        words, lanes = self._segment.words, self._lanes
+        if self._segment.map[self._used + len(lanes)]:  # written out: it is a part of each look's time
+            self._take_up_lanes()
         if self._untold is not None:
             lane, pos, lost = self._untold
             if words[lane.read_pos] >= pos:
                 raise MessagesLost(self._segment.name, lost, lane.number)
             self._untold = None  # it did not come to R3, and is found out once more
         turns = []
-        for lane in self._lanes:
+        for lane in lanes:
             lane.end = words[lane.write_pos]  # R1
             if lane.end != lane.pos and not lane.damage:
                 while self._drops and self._pass_over(lane, lane.pos, lane.count):
                     lane.end = words[lane.write_pos]  # it may have been overtaken again by now
-                self._check(lane, lane.pos)
+                if not lane.backed:
+                    self._check(lane, lane.pos)
                 turns.append(lane)
         if len(turns) > 1:
             self._take_turns(turns)
@@ -320,9 +320,20 @@ class Reader:
             self._order()  # ORDER R1 before R2, else we copy what was there before the record
         return turns
 
+    def _take_up_lanes(self) -> None:
+        """Know the lanes that have come into use."""
+        words = self._segment.words
+        while self._another_used():
+            lane = Lane(self._segment.layout, len(self._lanes), self.slot)
+            lane.pos, lane.count = words[lane.read_pos], words[lane.messages_out] & WORD >> 1
+            self._lanes.append(lane)
+
     def _take_turns(self, lanes: list[Lane]) -> None:
-        """Sort these, so that the first after the one that was served last is at the end."""
-        lanes.sort(key=lambda lane: (lane.number <= self._last, lane.number), reverse=True)
+        """Turn these round, so that the first after the one that was served last is at the end."""
+        last = self._last
+        before = len([lane for lane in lanes if lane.number <= last])
+        lanes[:] = lanes[before:] + lanes[:before]
+        lanes.reverse()
 
     def _check(self, lane: Lane, pos: int) -> None:
         """Raise RingCorrupted if the lane cannot have been published so far."""
@@ -390,6 +401,7 @@ class Reader:
             if size >= 0 and pos != lanes[0].end:
                 return lanes[0], pos, size
         for lane in reversed(self._look()):
+            self._check(lane, lane.pos)
             pos, size = self._record(lane, lane.pos)
             if self._drops and self._lapped(lane, lane.pos):
                 return self._first()
@@ -420,7 +432,7 @@ class Reader:
         if self._drops and self._lapped(lane, lane.pos):
             return self._read_one(request)
         pos += record_bytes(size)
-        request.taken.append((lane, pos, [message]))
+        request.taken = [(lane, pos, [message])]
         self._last = lane.number
         self._free(lane, pos, lane.count + 1)
         return message if request.view is None else size
@@ -491,29 +503,31 @@ class Reader:
         segment, capacity, most = self._segment, self._segment.layout.capacity, request.most
         if self._owed:
             return self._take_owed(request, most)  # and no more: the rest may raise, and these be owed once more
+        words, ring = segment.words, segment.map
         batch: list[bytes] = []
         request.taken = []  # of an earlier try there is at most padding
         for lane in reversed(self._look()):
-            if len(batch) >= most:
+            if not most:
                 break
-            pos = lane.pos
+            self._check(lane, lane.pos)
+            pos, end = lane.pos, lane.end
             messages: list[bytes] = []
             size = 0  # of the record at `pos`, if that was looked at on its own; -1 if it is damaged
-            while pos != lane.end and len(batch) + len(messages) < most:
+            while pos != end and most:
                 at = lane.first + pos % capacity
-                stop, limit = at + BURST, min(at + lane.end - pos, lane.top)
-                room = most - len(batch) - len(messages)
+                stop, limit = at + BURST, min(at + end - pos, lane.top)
                 if self._drops:
                     # Writers wait for nobody: copied as it is first, which takes a hundredth of the time.
-                    records = segment.map[at : min(max(stop, at + record_bytes(size)), limit)]  # R2
+                    records = ring[at : min(max(stop, at + record_bytes(size)), limit)]  # R2
                     if self._lapped(lane, pos):
                         break
                     nbytes = len(records)
-                    several, nbytes = split_mixed(memoryview(records).cast("Q"), records, 0, nbytes, nbytes, room)
+                    several, nbytes = split_mixed(memoryview(records).cast("Q"), records, 0, nbytes, nbytes, most)
                 else:
-                    several, nbytes = split_mixed(segment.words, segment.map, at, stop, limit, room)  # R2
+                    several, nbytes = split_mixed(words, ring, at, stop, limit, most)  # R2
                 if several:
                     messages += several
+                    most -= len(several)
                     pos += nbytes
                     continue
                 start = pos
@@ -527,7 +541,7 @@ class Reader:
                 return self._read_batch(request)
             if size < 0 and not batch and not messages:
                 raise self._bad_length(lane, pos)  # only once everything whole has been handed over
-            batch = batch + messages
+            batch += messages
             request.taken.append((lane, pos, messages))
         nbytes = 0
         for lane, pos, messages in request.taken:

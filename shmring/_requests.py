@@ -9,6 +9,7 @@ import ctypes
 import sys
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from ._errors import RingBusy
@@ -144,11 +145,8 @@ class ReadRequest:
         owed: The list of owed messages before, and those taken from it.
     """
 
-    __slots__ = ("owed", "taken")
-
-    def __init__(self) -> None:
-        self.taken: list[tuple[Lane, int, list[bytes]]] = []
-        self.owed: tuple[list[bytes] | None, list[bytes]] = None, []
+    taken: Sequence[tuple[Lane, int, list[bytes]]] = ()
+    owed: tuple[list[bytes] | None, list[bytes]] = None, []
 
     def settle(self, words: memoryview, owed: list[bytes]) -> None:
         """Forget what did not happen, while nobody else can make it happen."""
@@ -160,20 +158,14 @@ class ReadRequest:
 class ReadBatch(ReadRequest):
     """Take up to so many messages, from every lane what it had when looked at."""
 
-    __slots__ = ("most",)
-
     def __init__(self, most: int) -> None:
-        super().__init__()
         self.most = most
 
 
 class ReadOne(ReadRequest):
     """Take one message of at most `room` bytes, into `view` if there is one."""
 
-    __slots__ = ("room", "view")
-
     def __init__(self, room: int, view: memoryview | None = None) -> None:
-        super().__init__()
         self.room = room
         self.view = view
 

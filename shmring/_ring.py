@@ -39,7 +39,6 @@ from ._requests import (
     ReadRequest,
     Reserve,
     WriteBatch,
-    WriteRequest,
 )
 from ._writing import Writer
 
@@ -68,6 +67,7 @@ PATIENCE: Final = 0.01
 MOURNING: Final = 0.1  # seconds after which who waits for several readers looks whether one has died
 GATHERED: Final = 16384  # bytes; a shorter message of several buffers is quicker joined, and written as one of one
 AT_ONCE: Final = 64  # messages after which a task that never has to wait for room lets the others run
+ONE: Final = str, bytes, bytearray, memoryview  # no sequence of messages, though one can iterate over it
 OPEN_AGAIN: Final = 0.002  # seconds between two tries of `open` with a timeout, or two looks for somebody to come
 
 _open_rings: dict[int, weakref.ref[Ring]] = {}
@@ -333,25 +333,26 @@ class Ring:
             RingTimeout: The time was up, and not one was written.
             MessageTooLarge: One has more than `max_message` bytes; none was written.
         """
-        if isinstance(messages, (str, bytes, bytearray, memoryview)):
+        if isinstance(messages, ONE):
             raise TypeError(f"write_many takes an iterable of messages, not one {type(messages).__name__}")
         checked = list(messages)
         # To count in lists is a quarter faster than to make sets, and this is a third of a message's way in.
         if list(map(type, checked)).count(bytes) != len(checked):
             checked = [message if type(message) is bytes else _flat(message) for message in checked]
         sizes = list(map(len, checked))
-        size = sizes[0] if sizes else 0
+        size = longest = sizes[0] if sizes else 0
         if sizes.count(size) != len(sizes):
-            size = -1
-        longest = size if size >= 0 else max(sizes)
-        if longest > self.max_message:
+            size, longest = -1, max(sizes)
+        if longest > self._segment.layout.max_message:
             raise MessageTooLarge(self.name, longest, self.max_message)
         batch = WriteBatch(checked, size)
-        try:
-            self._write_in_time(batch, _deadline(timeout))
-        except RingTimeout:
-            if not batch.done:
-                raise
+        wanted = self._enter_writer(batch)
+        if wanted is not None:
+            try:
+                self._write_when_room(batch, wanted, _deadline(timeout))
+            except RingTimeout:
+                if not batch.done:
+                    raise
         return batch.done
 
     def writev(self, buffers: Iterable[Buffer], *, timeout: float | None = None) -> None:
@@ -361,7 +362,7 @@ class Ring:
             buffers: Buffers, as for `write`; the message is their bytes, one after the other.
             timeout: As for `write`, and so is what is raised.
         """
-        if isinstance(buffers, (str, bytes, bytearray, memoryview)):
+        if isinstance(buffers, ONE):
             raise TypeError(f"writev takes an iterable of buffers, not one {type(buffers).__name__}")
         parts = [buffer if type(buffer) is bytes else _flat(buffer) for buffer in buffers]
         size = sum(map(len, parts))
@@ -370,7 +371,10 @@ class Ring:
             return
         if size > self.max_message:
             raise MessageTooLarge(self.name, size, self.max_message)
-        self._write_in_time(Gather(parts, size), _deadline(timeout))
+        request = Gather(parts, size)
+        wanted = self._enter_writer(request)
+        if wanted is not None:
+            self._write_when_room(request, wanted, _deadline(timeout))
 
     def reserve(self, nbytes: int, *, timeout: float | None = None) -> Reservation:
         """Write a message in place, without a copy: ``with ring.reserve(nbytes) as view: ...``.
@@ -417,11 +421,6 @@ class Ring:
             raise self._is_closed() from None
         finally:
             self._send, self._messages = self._writer.monitor.steps.send, self._reader.monitor.steps
-
-    def _write_in_time(self, request: WriteRequest, deadline: float | None) -> None:
-        wanted = self._enter_writer(request)
-        if wanted is not None:
-            self._write_when_room(request, wanted, deadline)
 
     def _write_when_room(self, data: Any, wanted: int, deadline: float | None) -> None:
         writer = self._writer
@@ -575,7 +574,9 @@ class Ring:
         """
         request = _read_batch(max_messages)
         try:
-            answer: list[bytes] = self._await(request, _deadline(timeout))
+            answer: list[bytes] | None = self._enter_reader(request)
+            if answer is None:
+                answer = self._await(request, _deadline(timeout))
         except BaseException:
             self._reader.give_back(request)
             raise

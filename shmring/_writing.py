@@ -288,14 +288,8 @@ class Writer:
             raise RingCorrupted(f"ring {self._segment.name!r}: lane {self._lane} has no mark before {pos:,}")
         words[self._messages_in] = count + more
 
-    def _serve(self, request: Any) -> int | None:
-        """Requests that are not one message as it comes."""
-        if type(request) is WriteBatch:
-            return self._write_batch(request)
+    def _gather(self, request: Any) -> int | None:
         assert type(request) is Gather
-        return self._gather(request)
-
-    def _gather(self, request: Gather) -> int | None:
         pos, _, wanted = self._room(self._segment.words[self._write_pos], record_bytes(request.size))
         if wanted:
             return wanted
@@ -309,27 +303,33 @@ class Writer:
         return None
 
     def _write_batch(self, batch: WriteBatch) -> int | None:
-        segment, messages = self._segment, batch.messages
+        segment, messages, size = self._segment, batch.messages, batch.size
         first, capacity = self._first, segment.layout.capacity
-        pos = segment.words[self._write_pos]
-        while batch.done < len(messages):
-            size = len(messages[batch.done])
-            step = record_bytes(size)
-            pos, free, wanted = self._room(pos, step)
-            if wanted:
-                return wanted
+        done, count = batch.done, len(messages)
+        step = record_bytes(size) if size >= 0 else 0
+        pos = free = segment.words[self._write_pos]  # no room, until it is looked for
+        # The last look will do if it found enough for all: else damage would be found in the midst of a batch.
+        if step and pos == self._known and self._reserved is None and pos + count * step <= self._free:
+            free = self._free
+        while done < count:
+            if size < 0:
+                step = record_bytes(len(messages[done]))
+            if pos == free:
+                pos, free, wanted = self._room(pos, step)
+                if wanted:
+                    return wanted
             at = first + pos % capacity
             stop = at + min(free - pos, max(BURST, step))
-            if 0 <= batch.size <= JOINED:
-                run = messages[batch.done : batch.done + (stop - at) // step]
+            if 0 <= size <= JOINED:
+                run = messages[done : done + (stop - at) // step]
                 records, taken = join_run(run, size), len(run)
                 nbytes = len(records)
                 segment.map[at : at + nbytes] = records  # W2
             else:
-                taken, nbytes = self._store(messages, batch.done, at, stop)
-            pos += nbytes
+                taken, nbytes = self._store(messages, done, at, stop)
+            pos = free = pos + nbytes
             self._publish(pos, taken)
-            batch.done += taken
+            batch.done = done = done + taken
         return None
 
     def _store(self, messages: list[Any], first: int, at: int, stop: int) -> tuple[int, int]:
@@ -398,7 +398,7 @@ class Writer:
                     data = yield wanted or None
                     continue
                 if isinstance(data, WriteRequest):
-                    answer = self._serve(data)
+                    answer = self._write_batch(data) if type(data) is WriteBatch else self._gather(data)
                     data = None
                     data = yield answer
                     continue
