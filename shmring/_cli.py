@@ -92,7 +92,12 @@ def run_stat(options: argparse.Namespace) -> int:
     shown = 0
     while True:
         time.sleep(options.interval)
-        facts, now = examine(options.name, each_lane=True), time.perf_counter()
+        try:
+            facts, now = examine(options.name, each_lane=True), time.perf_counter()
+        except FileNotFoundError:
+            if shown:
+                return DONE  # it has gone
+            raise
         before, began, facts = facts, now, with_rates(before, facts, now - began)
         if options.json:
             show(facts)
@@ -195,6 +200,11 @@ def run_send(options: argparse.Namespace) -> int:
     with ring:
         try:
             ring.write_many([])  # to have been there, for `recv --eof`, also if nothing comes
+        except OSError:
+            if made:
+                ring.unlink()  # though it was to be kept: there is no memory for a lane
+            raise
+        try:
             for message in messages:
                 ring.write(message, timeout=options.timeout)
                 sent += 1
@@ -551,7 +561,9 @@ def positive(text: str) -> int:
 def size(text: str) -> int:
     """An argument that is a number of bytes: 4096, 64K, 1M, 2G."""
     power = "KMG".find(text[-1:].upper()) + 1 if text else 0
-    return positive(text[:-1] if power else text) << 10 * power
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        return positive(text[:-1] if power else text) << 10 * power
+    raise argparse.ArgumentTypeError(f"a number of bytes from 1 on (4096, 64K, 1M, 2G), not {text!r}")
 
 
 def _tell(what: str) -> None:

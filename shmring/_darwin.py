@@ -509,7 +509,7 @@ class Segment:
 
     def _trust(self, status: os.stat_result, any_owner: bool) -> None:
         if not any_owner and status.st_uid not in (os.geteuid(), 0):
-            what = f"the ring belongs to user {status.st_uid}; pass any_owner=True to trust that user"
+            what = f"the ring belongs to user {status.st_uid}; any_owner=True (--any-owner) trusts that user"
             raise PermissionError(errno.EPERM, what, self.name)
 
     def _open_file(self, name: str, flags: int, role: int) -> int:

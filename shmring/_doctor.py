@@ -206,7 +206,7 @@ def _abandoned() -> Iterator[Check]:
     try:
         rings = examine_all(os_backend.names())
     except OSError as error:
-        yield Check(WARN, "rings", said(error), "ls and gc do not work here; all else does")
+        yield Check(WARN, "rings", said(error), "ls and gc do not work here")
         return
     left = sum(facts["state"] == "abandoned" for facts in rings.values())
     found = f"{len(rings):,} there, {left:,} of them abandoned"

@@ -342,7 +342,7 @@ class Segment:
             fd = _open(name, noted)
             status = os.fstat(fd)
             if not any_owner and status.st_uid not in (os.geteuid(), 0):
-                what = f"the ring belongs to user {status.st_uid}; pass any_owner=True to trust that user"
+                what = f"the ring belongs to user {status.st_uid}; any_owner=True (--any-owner) trusts that user"
                 raise PermissionError(errno.EPERM, what, name)
             header = os.pread(fd, _layout.HEADER_BYTES, 0)
             self.layout = layout = _layout.parse_header(header, status.st_size, MACHINE, name)

@@ -250,6 +250,7 @@ class Ring:
             PermissionError: It is another user's, or its mode keeps us out.
             RingIncompatible: It has another layout version or machine, or is no ring at all.
             RingCorrupted: Its header contradicts itself or the file's size.
+            OSError: What has the name is not even a regular file; or the system says no.
         """
         _layout.check_name(name)
         _check_spin(spin)

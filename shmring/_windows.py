@@ -391,7 +391,7 @@ class Segment:
                     raise _failure("cannot open the ring", name)
                 raise FileNotFoundError(errno.ENOENT, "the ring of this name was just removed", name)
             if not any_owner and not _is_trusted(section):
-                what = "the ring belongs to another user; pass any_owner=True to trust that user"
+                what = "the ring belongs to another user; any_owner=True (--any-owner) trusts that user"
                 raise PermissionError(errno.EPERM, what, name)
             with mmap.mmap(-1, _layout.HEADER_BYTES, tagname=self._of("ring", nonce)) as header:
                 self.layout = layout = _layout.parse_header(header[:], None, MACHINE, name)
