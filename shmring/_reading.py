@@ -585,7 +585,6 @@ class Reader:
         limit = 0  # where the records end that are published in this lap, once that was checked
         size, step = -1, 0  # of the last record
         unpack: Any = None  # what takes one of that size out, once a second one is there
-        nowhere = -capacity  # below every `at`, also where `pos` goes back to padding before `base`
         message = yield
         try:
             if self.parking is None:
@@ -645,7 +644,7 @@ class Reader:
                             lane.write_pos, lane.read_pos, lane.messages_out, lane.parked << 3
                         )  # fmt: skip
                         base = pos - pos % capacity - lane.first  # the position of the segment's byte 0 in this lap
-                        last = nowhere if drops else lane.top - step  # up to here a record like the last one fits
+                        last = lane.top - step  # up to here a record like the last one fits
                 at = pos - base
                 if end - pos == step:
                     following = end
@@ -659,7 +658,7 @@ class Reader:
                     if unpack is None:
                         unpack = record_of(size)
                     length, message = unpack(ring, at)  # R2
-                    if length == size:
+                    if length == size and not (drops and self._lapped(lane, pos)):
                         if order:
                             order()  # ORDER R2 before R3, as in _free
                         words[read_pos] = pos = following  # R3
@@ -672,7 +671,7 @@ class Reader:
                         message = yield message
                         continue
                     message = None
-                if drops and self._pass_over(lane, pos, count):
+                if drops and end - pos > capacity and self._pass_over(lane, pos, count):
                     lane, pos, turns, alone = none, end, [], False
                     continue
                 start = pos
@@ -680,13 +679,13 @@ class Reader:
                     lane.end = end
                     self._check(lane, pos)
                     limit = min(lane.top, end - base)
-                found = PADDING if drops or at >= limit else words[at >> 3]
+                found = PADDING if at >= limit else words[at >> 3]
                 after = at + RECORD_HEADER + (found + 7 & ~7)
                 if after > limit:
                     # Padding, or damage, or what may have been written over meanwhile.
                     pos, found = self._record(lane, pos)
-                    if drops and self._lapped(lane, start):
-                        pos = start
+                    if drops and self._pass_over(lane, start, count):
+                        lane, pos, turns, alone = none, end, [], False
                         continue
                     if found < 0:
                         raise self._bad_length(lane, pos)
@@ -700,15 +699,15 @@ class Reader:
                     after = at + record_bytes(found)
                 if found != size:
                     size, step, unpack = found, after - at, None
-                last = nowhere if drops else lane.top - step
+                last = lane.top - step
                 stop, fourth = min(limit, at + BURST), at + 3 * step  # as in split_mixed
                 if fourth < stop and words[after >> 3] == size == words[fourth >> 3]:
                     run = run_of(words, at, size, (stop - at) // step)
                     burst: Sequence[bytes] = split_run(ring, at, run, size)  # R2
                 else:
                     burst = (ring[at + RECORD_HEADER : at + RECORD_HEADER + size],)  # R2
-                if drops and self._lapped(lane, start):
-                    pos = start
+                if drops and self._pass_over(lane, start, count):
+                    lane, pos, turns, alone = none, end, [], False
                     continue
                 for message in burst:
                     if order:
