@@ -280,7 +280,7 @@ class Ring:
 
         Args:
             data: Any C-contiguous buffer (bytes, bytearray, memoryview, array, ...); its bytes are copied.
-                An empty one is a message like any other.
+                An empty one is a message like any other. One of references to Python objects is a TypeError.
             timeout: Seconds to wait at most. None waits for ever, 0 (or less) not at all.
 
         Raises:
@@ -1384,6 +1384,11 @@ def _check_spin(spin: float | None) -> float | None:
     raise ValueError(f"spin is 0 to 1 seconds or None, not {spin!r}")
 
 
+def _has_objects(view: memoryview) -> bool:
+    """Are there addresses of Python objects among its items? In the format (PEP 3118), but not in a field's name."""
+    return "O" in view.format and "O" in "".join(view.format.split(":")[::2])
+
+
 def _flat(data: Any) -> bytes | memoryview:
     """The bytes of a C-contiguous buffer, in one dimension; small ones as a copy, which is cheaper."""
     try:
@@ -1392,6 +1397,8 @@ def _flat(data: Any) -> bytes | memoryview:
         raise TypeError(f"a message is a bytes-like object, not {type(data).__name__}") from None
     if not view.c_contiguous:
         raise ValueError("a message is a C-contiguous buffer; this one is not (copy it first)")
+    if _has_objects(view):
+        raise TypeError(f"a message is bytes; what this {type(data).__name__} has are references to Python objects")
     if view.nbytes <= PACKED:
         return view.tobytes()
     try:
@@ -1423,6 +1430,8 @@ def _read_into(buf: Any, max_len: Any) -> ReadOne:
             raise TypeError(f"buf is a writable buffer; this {type(buf).__name__} is read-only")
         if not view.c_contiguous:
             raise ValueError("buf is a C-contiguous buffer; this one is not")
+        if _has_objects(view):
+            raise TypeError(f"buf takes bytes; what this {type(buf).__name__} has are references to Python objects")
         view = view.cast("B") if view.nbytes else memoryview(bytearray())
     if max_len is None:
         assert view is not None

@@ -267,6 +267,26 @@ def test_max_len_bounds_what_is_used_of_the_buffer_and_of_the_result(ring):
     assert ring.read(max_len=1 << 40) == b"1"
 
 
+class NoObject(ctypes.Structure):
+    _fields_ = (("Open", ctypes.c_double), ("O", ctypes.c_int))
+
+
+class WithObject(ctypes.Structure):
+    _fields_ = (("O", ctypes.c_int), ("p", ctypes.py_object))
+
+
+def test_addresses_of_objects_are_no_message_and_no_place_for_one(ring):
+    for objects in ((ctypes.py_object * 2)(), WithObject(), (WithObject * 40)()):
+        for write in (ring.write, ring.try_write, lambda data: ring.write_many([b"good", data])):
+            with pytest.raises(TypeError, match="references to Python objects"):
+                write(objects)
+        with pytest.raises(TypeError, match="references to Python objects"):
+            ring.read(objects)
+    ring.write(NoObject(1.5, 2))
+    ring.read(copy := NoObject())
+    assert (copy.Open, copy.O, ring.try_read()) == (1.5, 2, None)
+
+
 def test_a_message_that_was_too_long_is_still_the_next_for_every_way_of_reading(ring):
     for read in (ring.read, ring.try_read, lambda: next(iter(ring)), lambda: ring.read_many(1)[0]):
         ring.write(b"12345"), ring.write(b"6")
