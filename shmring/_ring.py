@@ -346,11 +346,12 @@ class Ring:
             size, longest = -1, max(sizes)
         if longest > self._segment.layout.max_message:
             raise MessageTooLarge(self.name, longest, self.max_message)
+        deadline = None if timeout is None else _deadline(timeout)
         batch = WriteBatch(checked, size)
         wanted = self._enter_writer(batch)
         if wanted is not None:
             try:
-                self._write_when_room(batch, wanted, _deadline(timeout))
+                self._write_when_room(batch, wanted, deadline)
             except RingTimeout:
                 if not batch.done:
                     raise
@@ -372,10 +373,11 @@ class Ring:
             return
         if size > self.max_message:
             raise MessageTooLarge(self.name, size, self.max_message)
+        deadline = _deadline(timeout)
         request = Gather(parts, size)
         wanted = self._enter_writer(request)
         if wanted is not None:
-            self._write_when_room(request, wanted, _deadline(timeout))
+            self._write_when_room(request, wanted, deadline)
 
     def reserve(self, nbytes: int, *, timeout: float | None = None) -> Reservation:
         """Write a message in place, without a copy: ``with ring.reserve(nbytes) as view: ...``.
@@ -574,10 +576,11 @@ class Ring:
         If this process dies inside the call, the batch is in the ring, or some lanes' share of it is taken.
         """
         request = _read_batch(max_messages)
+        deadline = None if timeout is None else _deadline(timeout)
         try:
             answer: list[bytes] | None = self._enter_reader(request)
             if answer is None:
-                answer = self._await(request, _deadline(timeout))
+                answer = self._await(request, deadline)
         except BaseException:
             self._reader.give_back(request)
             raise

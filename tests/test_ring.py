@@ -317,6 +317,20 @@ def test_write_many_takes_any_iterable_and_says_how_many_it_wrote(ring):
     assert ring.read_many() == [b"\0", b"\1", b"\2", b"\3", b"\4", b"x", b"yy", b""]
 
 
+@pytest.mark.parametrize("wrong, error", [("x", TypeError), (float("nan"), ValueError)], ids=["no number", "NaN"])
+def test_a_wrong_timeout_is_an_error_also_where_nobody_need_wait(name, wrong, error):
+    with Ring.create(name, 65536) as ring:
+        parts = [b"x" * 20000] * 2
+        for write in (lambda: ring.write_many([b"1"], timeout=wrong), lambda: ring.writev(parts, timeout=wrong)):
+            with pytest.raises(error, match="timeout is a number of seconds or None"):
+                write()
+        assert ring.try_read() is None
+        ring.write(b"2")
+        with pytest.raises(error, match="timeout is a number of seconds or None"):
+            ring.read_many(timeout=wrong)
+        assert ring.try_read() == b"2"
+
+
 def test_write_many_with_a_bad_one_writes_nothing(ring):
     for bad, error in [(bytes(4089), MessageTooLarge), ("text", TypeError), (memoryview(b"1234")[::2], ValueError)]:
         with pytest.raises(error):
