@@ -201,8 +201,9 @@ def run_send(options: argparse.Namespace) -> int:
         try:
             ring.write_many([])  # to have been there, for `recv --eof`, also if nothing comes
         except OSError:
-            if made:
-                ring.unlink()  # though it was to be kept: there is no memory for a lane
+            if made and options.keep and not ring.stats().messages_in:
+                ring.close()
+                os_backend.collect(options.name, True)  # empty, for want of memory; unless somebody else has it by now
             raise
         try:
             for message in messages:

@@ -245,10 +245,11 @@ class Writer:
         """
         capacity, part = self._segment.layout.capacity, self._segment.layout.part
         given_up = self._segment.words[(self._segment.layout.lane_block(self._lane) + _layout.GIVEN_UP) >> 3]
-        if not pos <= given_up <= pos + capacity or pos & 7 or pos >= POSITIONS:
+        unmarked = pos // part - self._marked  # a message takes less than a lane, so there are never many
+        if not pos <= given_up <= pos + capacity or pos & 7 or pos >= POSITIONS or unmarked > 2 * MARKS:
             raise RingCorrupted(
                 f"ring {self._segment.name!r}: lane {self._lane} was written to {pos:,} and given up to {given_up:,}, "
-                f"which a capacity of {capacity:,} does not allow"
+                f"with its last mark in part {self._marked:,}, which a capacity of {capacity:,} does not allow"
             )
         tail = capacity - pos % capacity
         if step > tail:
@@ -308,8 +309,8 @@ class Writer:
         done, count = batch.done, len(messages)
         step = record_bytes(size) if size >= 0 else 0
         pos = free = segment.words[self._write_pos]  # no room, until it is looked for
-        # The last look will do if it found enough for all: else damage would be found in the midst of a batch.
-        if step and pos == self._known and self._reserved is None and pos + count * step <= self._free:
+        # The last look will do if it found enough for all of a burst: else damage would be found in its midst.
+        if step and pos == self._known and self._reserved is None and count * step <= min(self._free - pos, BURST):
             free = self._free
         while done < count:
             if size < 0:

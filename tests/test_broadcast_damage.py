@@ -115,6 +115,15 @@ def test_a_writer_goes_on_from_a_mark_with_too_high_a_count(ring, name):
         ring.write(b"two")
 
 
+def test_a_writer_whose_positions_are_both_far_away_does_not_mark_all_parts_in_between(ring):
+    ring.write(b"one")
+    block = ring._segment.layout.lane_block(0)
+    for offset in (_layout.WRITE_POS, _layout.GIVEN_UP):
+        ring._segment.words[(block + offset) >> 3] = 1 << 60
+    with pytest.raises(RingCorrupted, match="lane 0 was written to"):
+        ring.write_many([b"two"])
+
+
 def test_an_interrupt_where_the_marks_are_damaged_stays_an_interrupt(ring, monkeypatch):
     ring.join()
     ring.write(b"one")

@@ -568,6 +568,23 @@ def test_a_ring_without_memory_for_a_lane_does_not_stay(run, name, monkeypatch, 
         Ring.open(name)
 
 
+@needs_kept
+def test_a_ring_without_memory_for_a_lane_stays_with_who_has_come_meanwhile(run, name, monkeypatch):
+    come = []
+
+    def reserve(self, offset, nbytes):
+        come.append(Ring.open(self.name))
+        raise OSError(errno.ENOSPC, "no memory for a lane", self.name)
+
+    monkeypatch.setattr(os_backend.Segment, "reserve", reserve)
+    assert run("send", name, "--create", "--keep", "--writers", 1, "x")[0] == 1
+    monkeypatch.undo()
+    with come[0], Ring.open(name) as ring:
+        come[0].write(b"y")
+        assert ring.read(timeout=0) == b"y"
+    assert run("rm", name) == (0, b"", "")
+
+
 def test_no_number_of_bytes_is_said_to_be_none(run, name):
     for text in ("x", "0", "K", "-1", "1.5M"):
         code, _, err = run("send", name, f"--size={text}")

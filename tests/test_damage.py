@@ -23,6 +23,7 @@ import pytest
 from support import DEADLINE, SIGKILL, WINDOWS
 
 from shmring import BufferTooSmall, Ring, RingCorrupted, RingIncompatible, RingTimeout, _layout
+from shmring._lanes import BURST
 
 WORD = (1 << 64) - 1
 SCALE = 5 if WINDOWS else 1  # how many times fewer cases
@@ -586,6 +587,16 @@ def test_stats_of_damaged_positions_have_a_fill_of_0_to_1(name, lanes, value):
                 ring._segment.words[layout.cursor(lane) >> 3] = read_pos
                 ring._segment.words[layout.lane_block(lane) >> 3] = write_pos
             check_stats(ring)
+
+
+def test_nothing_of_a_batch_of_several_bursts_is_written_where_read_pos_is_damaged(name):
+    with Ring.create(name, 4 * BURST, writers=1) as ring:
+        ring.write_many([b"an earlier look"])
+        ring._segment.words[ring._segment.layout.cursor(0) >> 3] = 1 << 40
+        before = positions(ring._segment, 0)
+        with pytest.raises(RingCorrupted):
+            ring.write_many([bytes(1000)] * 200, timeout=0)
+        assert positions(ring._segment, 0) == before
 
 
 @pytest.mark.parametrize("value", [1, 8, 4096, 1 << 31, (1 << 63) - 8, (1 << 64) - 1], ids=hex)
