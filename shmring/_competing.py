@@ -166,8 +166,7 @@ class CompetingReader(Reader):
 
     def _candidates(self) -> list[Lane]:
         """The lanes that seem to have something, the first to be served at the end."""
-        if self._another_used():
-            self._take_up_lanes()
+        self._take_up_lanes()
         found = list(filter(self._holds, self._lanes))
         if len(found) > 1:
             self._take_turns(found)

@@ -54,7 +54,6 @@ class Reader:
     def __init__(self, segment: Segment) -> None:
         self._segment = segment
         self._lanes: list[Lane] = []  # those that have ever been claimed, from the first on
-        self._used = segment.layout.used_offset
         self._last = 0  # the lane that was served last
         self._owed: list[bytes] = []  # out of the ring, but not handed over; replaced, never changed
         self._untold: tuple[Lane, int, int] | None = None  # where a lane goes on after that many lost; not said yet
@@ -116,8 +115,8 @@ class Reader:
 
     def _another_used(self) -> bool:
         """Has a lane come into use that is not known yet?"""
-        known = len(self._lanes)
-        return self._segment.map[self._used + known] != 0 and known < self._segment.layout.writers
+        layout, known = self._segment.layout, len(self._lanes)
+        return known < layout.writers and self._segment.map[layout.used_offset + known] != 0
 
     def pass_on(self) -> None:
         """Who calls leaves a wait without a message. Readers that compete have another one woken for it."""
@@ -297,13 +296,14 @@ class Reader:
 
     def _look(self) -> list[Lane]:
         """R1 for every lane: those that have something, the first to be served at the end."""
-        words, lanes = self._segment.words, self._lanes
-        if self._segment.map[self._used + len(lanes)]:  # written out: it is a part of each look's time
+        segment, lanes = self._segment, self._lanes
+        words = segment.words
+        if segment.map[segment.layout.used_offset + len(lanes)]:  # written out: it is a part of each look's time
             self._take_up_lanes()
         if self._untold is not None:
             lane, pos, lost = self._untold
             if words[lane.read_pos] >= pos:
-                raise MessagesLost(self._segment.name, lost, lane.number)
+                raise MessagesLost(segment.name, lost, lane.number)
             self._untold = None  # it did not come to R3, and is found out once more
         turns = []
         for lane in lanes:

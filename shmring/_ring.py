@@ -39,6 +39,7 @@ from ._requests import (
     ReadRequest,
     Reserve,
     WriteBatch,
+    WriteRequest,
 )
 from ._writing import Writer
 
@@ -346,15 +347,12 @@ class Ring:
             size, longest = -1, max(sizes)
         if longest > self._segment.layout.max_message:
             raise MessageTooLarge(self.name, longest, self.max_message)
-        deadline = None if timeout is None else _deadline(timeout)
         batch = WriteBatch(checked, size)
-        wanted = self._enter_writer(batch)
-        if wanted is not None:
-            try:
-                self._write_when_room(batch, wanted, deadline)
-            except RingTimeout:
-                if not batch.done:
-                    raise
+        try:
+            self._write_in_time(batch, _deadline(timeout))
+        except RingTimeout:
+            if not batch.done:
+                raise
         return batch.done
 
     def writev(self, buffers: Iterable[Buffer], *, timeout: float | None = None) -> None:
@@ -373,11 +371,7 @@ class Ring:
             return
         if size > self.max_message:
             raise MessageTooLarge(self.name, size, self.max_message)
-        deadline = _deadline(timeout)
-        request = Gather(parts, size)
-        wanted = self._enter_writer(request)
-        if wanted is not None:
-            self._write_when_room(request, wanted, deadline)
+        self._write_in_time(Gather(parts, size), _deadline(timeout))
 
     def reserve(self, nbytes: int, *, timeout: float | None = None) -> Reservation:
         """Write a message in place, without a copy: ``with ring.reserve(nbytes) as view: ...``.
@@ -424,6 +418,11 @@ class Ring:
             raise self._is_closed() from None
         finally:
             self._send, self._messages = self._writer.monitor.steps.send, self._reader.monitor.steps
+
+    def _write_in_time(self, request: WriteRequest, deadline: float | None) -> None:
+        wanted = self._enter_writer(request)
+        if wanted is not None:
+            self._write_when_room(request, wanted, deadline)
 
     def _write_when_room(self, data: Any, wanted: int, deadline: float | None) -> None:
         writer = self._writer
@@ -576,11 +575,8 @@ class Ring:
         If this process dies inside the call, the batch is in the ring, or some lanes' share of it is taken.
         """
         request = _read_batch(max_messages)
-        deadline = None if timeout is None else _deadline(timeout)
         try:
-            answer: list[bytes] | None = self._enter_reader(request)
-            if answer is None:
-                answer = self._await(request, deadline)
+            answer: list[bytes] = self._await(request, _deadline(timeout))
         except BaseException:
             self._reader.give_back(request)
             raise
@@ -873,6 +869,8 @@ class Ring:
     def _await(self, request: ReadRequest | Borrow, deadline: float | None, spun: bool = False) -> Any:
         """The answer to a request, once there is one. Who calls gives it back if it gets an exception instead."""
         answer = self._enter_reader(request)
+        if answer is not None:
+            return answer
 
         def attempt() -> bool:
             nonlocal answer
@@ -880,11 +878,10 @@ class Ring:
                 answer = self._enter_reader(request)
             return answer is not None
 
-        if answer is None:
-            reader = self._reader
-            if not spun:
-                self._spin_on(attempt, self._read_spin, deadline)
-            self._wait(attempt, reader.parking, reader.nothing, lambda: 0, deadline, "no message in")
+        reader = self._reader
+        if not spun:
+            self._spin_on(attempt, self._read_spin, deadline)
+        self._wait(attempt, reader.parking, reader.nothing, lambda: 0, deadline, "no message in")
         return answer
 
     # ------------------------------------------------------------ waiting
